@@ -1,0 +1,32 @@
+"""What several test files share: the real data, where it is present, and torch's threads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# One worker of pytest-xdist or one developer: more threads than this only fight each other on small tensors.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def _shared_data(name: str) -> Path:
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("DETRCACHE_TEST_DATA", default)) / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} does not exist: set DETRCACHE_TEST_DATA to the folder that holds {name}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def coco_nano() -> Path:
+    """24 + 24 real COCO 2017 images with their annotations, in COCO's layout."""
+    return _shared_data("coco_nano")
+
+
+@pytest.fixture(scope="session")
+def deimv2_atto() -> Path:
+    """A trained COCO detector of the DETR family: config.json, model.safetensors and the ONNX file."""
+    return _shared_data("deimv2_atto")
