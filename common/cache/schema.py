@@ -1,0 +1,190 @@
+"""What a store holds: its fields, their layout on disk and the manifest that says what it is.
+
+A store is a standard Zarr v3 group; docs/cache-format.md is its specification. Every field is one array cut into
+shards, and shard k of every field belongs to the same samples, so that one rank writes a block of whole records.
+Sample fields have one row per sample. Token fields have one row per kept token, and each sample starts on a new page
+(inner chunk), so that a sample is one contiguous byte range of a shard file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from common.augment import AugmentPolicy
+from common.errors import UserError
+
+FORMAT_VERSION = 1
+ATTRIBUTE = "detrcache"  # the group attribute that holds the manifest
+CHECKSUM_BYTES = 4  # crc32c after every page and after the index
+INDEX_ENTRY_BYTES = 16  # offset and length of one page, as uint64
+MISSING = 2**64 - 1  # offset and length of a page that a shard does not hold
+
+TokenCodec = Literal["fp32", "fp16", "int8"]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array of the store. row_shape: shape of one row, a sample's or a token's; dtype: numpy's name."""
+
+    name: str
+    per: Literal["sample", "token"]
+    row_shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.prod(self.row_shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows fall into shards and pages.
+
+    Shard k holds samples k * shard_samples onwards. Its token rows start at row k * shard_tokens: shards have a fixed
+    number of token rows, of which the pages beyond the last sample's are never written. A page has page_tokens rows of
+    a token field or one row of a sample field.
+    """
+
+    samples: int
+    shard_samples: int
+    shard_tokens: int
+    page_tokens: int
+
+    @property
+    def shards(self) -> int:
+        return -(-self.samples // self.shard_samples)
+
+    def page_rows(self, field: Field) -> int:
+        return self.page_tokens if field.per == "token" else 1
+
+    def shard_rows(self, field: Field) -> int:
+        return self.shard_tokens if field.per == "token" else self.shard_samples
+
+    def shard_pages(self, field: Field) -> int:
+        return self.shard_rows(field) // self.page_rows(field)
+
+    def page_bytes(self, field: Field) -> int:
+        """Bytes of one page on disk, its checksum included."""
+        return self.page_rows(field) * field.row_bytes + CHECKSUM_BYTES
+
+    def index_bytes(self, field: Field) -> int:
+        return self.shard_pages(field) * INDEX_ENTRY_BYTES + CHECKSUM_BYTES
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """The teacher that made the records, and the shapes of what it gave."""
+
+    name: str
+    weights_sha256: str
+    trained: bool
+    """False for a randomly initialised teacher, which is good for trials only."""
+    layers: int
+    queries: int
+    channels: int
+    strides: tuple[int, ...]
+    """Pixels of the augmented sample per token, one for each feature level, fine to coarse."""
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """The annotated images that were dumped."""
+
+    split: str
+    annotations_sha256: str
+    images: int
+    category_ids: tuple[int, ...]
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ViewInfo:
+    """How every sample was augmented; the parameters themselves are stored with each sample."""
+
+    seed: int
+    views: int
+    policy: AugmentPolicy
+    pixel_fingerprint: str
+
+
+@dataclass(frozen=True)
+class CodecInfo:
+    """What is kept of the teacher's tokens and how it is stored. keep_tokens: fraction in (0, 1]; 1 keeps all."""
+
+    tokens: TokenCodec
+    keep_tokens: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The identity of a store. Two dumps with equal manifests write equal bytes."""
+
+    teacher: TeacherInfo
+    data: DataInfo
+    views: ViewInfo
+    codec: CodecInfo
+    layout: Layout
+    batch_size: int
+    software: dict[str, str]
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.data.category_ids)
+
+    def fields(self) -> tuple[Field, ...]:
+        """All fields that the records of this store have, in the order in which they are written."""
+        layers, queries, channels = self.teacher.layers, self.teacher.queries, self.teacher.channels
+        token_dtype = {"fp32": "float32", "fp16": "float16", "int8": "int8"}[self.codec.tokens]
+        query_dtype = "float32" if self.codec.tokens == "fp32" else "float16"
+        fields = [Field("tokens", "token", (channels,), token_dtype)]
+        if self.codec.tokens == "int8":
+            fields.append(Field("token_scales", "token", (1,), "float16"))
+        if self.codec.keep_tokens < 1:
+            fields.append(Field("token_positions", "token", (), "int32"))
+        return (
+            *fields,
+            Field("token_weights", "token", (), "float32"),
+            Field("queries", "sample", (layers, queries, channels), query_dtype),
+            Field("logits", "sample", (layers, queries, self.num_classes), query_dtype),
+            Field("boxes_cxcywh", "sample", (layers, queries, 4), "float32"),
+            Field("quality", "sample", (layers, queries), "float32"),
+            Field("assignment", "sample", (layers, queries), "int16"),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return _MANIFEST.dump_python(self, mode="json")  # type: ignore[no-any-return]
+
+    @staticmethod
+    def from_json(value: Any, where: str) -> Manifest:
+        """The manifest that `to_json` wrote. UserError if it is another version's or not a manifest at all."""
+        version = value.get("format_version") if isinstance(value, dict) else None
+        if version != FORMAT_VERSION:
+            found = "no DETRCache manifest" if version is None else f"format version {version}"
+            raise UserError(f"{where}: expected a store of format version {FORMAT_VERSION}, found {found}; dump it again")
+        try:
+            return _MANIFEST.validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise UserError(f"{where}: the manifest is damaged at {place} ({first['msg']}); dump it again") from None
+
+
+_MANIFEST = TypeAdapter(Manifest)
+
+
+def differences(ours: Manifest, theirs: Manifest) -> list[str]:
+    """The fields in which two manifests differ, each as 'name: ours, theirs'."""
+    return _differences(ours.to_json(), theirs.to_json(), "")
+
+
+def _differences(ours: Any, theirs: Any, name: str) -> list[str]:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        keys = [*ours, *(key for key in theirs if key not in ours)]
+        return [line for key in keys for line in _differences(ours.get(key), theirs.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if ours == theirs else [f"{name}: {ours!r} against {theirs!r}"]
+
