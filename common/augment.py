@@ -1,0 +1,196 @@
+"""Augmentation in two halves: `draw` resolves it to integers, `apply_image` and `apply_boxes` replay the integers.
+
+The recipe is Deformable DETR's (arXiv 2010.04159, the one of DETR): mirror half of the images; resize the short side to one of
+480..800 with the long side at most 1333; half of the images are first resized to 400, 500 or 600 and cropped to
+384..600 on each side. Here the crop is taken on the original pixels and the result is resized once, which gives the same
+sizes and views without resampling twice. Mirroring comes last, so the crop's position is in the unmirrored original.
+
+A view is drawn by a counter-based generator from (seed, image id, view) alone: no state, so every rank and worker draws the
+same view of a sample, in any order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from common.errors import UserError
+from common.philox import choose, happens, philox_words
+from common.records import Augmentation, ImageEntry, Targets
+
+Integers = npt.NDArray[np.int64]
+
+# The generator's second key: changes when the meaning of the drawn words changes, so that old draws cannot recur by half.
+_DRAW_VERSION = 1
+
+
+@dataclass(frozen=True)
+class AugmentPolicy:
+    """What may be drawn. `dataclasses.asdict` makes it json, `AugmentPolicy(**...)` reads it back.
+
+    Sizes are in pixels. short_sides: the short side becomes one of these, unless the long side would exceed
+    max_long_side. With crop_probability the image is seen as resized to a short side of one of crop_short_sides, and a
+    window of crop_min..crop_max pixels (at most the image) is cut from it, width and height drawn separately.
+    """
+
+    name: str
+    flip_probability: float
+    short_sides: tuple[int, ...]
+    max_long_side: int
+    crop_probability: float = 0.0
+    crop_short_sides: tuple[int, ...] = ()
+    crop_min: int = 0
+    crop_max: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "short_sides", tuple(self.short_sides))  # json has lists
+        object.__setattr__(self, "crop_short_sides", tuple(self.crop_short_sides))
+        probabilities_fit = 0 <= self.flip_probability <= 1 and 0 <= self.crop_probability <= 1
+        sides_fit = (
+            len(self.short_sides) > 0 and 0 < min(self.short_sides) <= max(self.short_sides) <= self.max_long_side
+        )
+        crop_fits = self.crop_probability == 0 or (
+            len(self.crop_short_sides) > 0 and min(self.crop_short_sides) > 0 and 0 < self.crop_min <= self.crop_max
+        )
+        if not (probabilities_fit and sides_fit and crop_fits):
+            raise UserError(
+                "expected probabilities in 0..1, short sides of 1 to max_long_side pixels, and for a crop short sides and "
+                f"0 < crop_min <= crop_max, found {self}"
+            )
+
+
+TRAIN_POLICY = AugmentPolicy(
+    name="deformable_detr",
+    flip_probability=0.5,
+    short_sides=tuple(range(480, 801, 32)),
+    max_long_side=1333,
+    crop_probability=0.5,
+    crop_short_sides=(400, 500, 600),
+    crop_min=384,
+    crop_max=600,
+)
+EVAL_POLICY = AugmentPolicy(name="evaluation", flip_probability=0.0, short_sides=(800,), max_long_side=1333)
+
+
+def flip_policy(side: int) -> AugmentPolicy:
+    """Images made to fit into side x side pixels and mirrored half of the time: for small trials."""
+    return AugmentPolicy(name=f"flip_{side}", flip_probability=0.5, short_sides=(side,), max_long_side=side)
+
+
+def fixed_policy(side: int) -> AugmentPolicy:
+    """Images made to fit into side x side pixels: the evaluation transform of small trials."""
+    return AugmentPolicy(name=f"fixed_{side}", flip_probability=0.0, short_sides=(side,), max_long_side=side)
+
+
+def draw(seed: int, image_id: int, view: int, width: int, height: int, policy: AugmentPolicy) -> Augmentation:
+    """One view of one image of width x height pixels: one row of `draw_many`."""
+    one = (np.array([value], dtype=np.int64) for value in (image_id, view, width, height))
+    flip, *rest = draw_many(seed, *one, policy=policy)[0].tolist()
+    return Augmentation(bool(flip), *rest)
+
+
+def draw_many(
+    seed: int, image_ids: Integers, views: Integers, widths: Integers, heights: Integers, policy: AugmentPolicy
+) -> npt.NDArray[np.int32]:
+    """Views of many images, (N, 7) in the order of Augmentation's fields, from arrays (N,)."""
+    flip_word, crop_word, crop_side_word, width_word, height_word, left_word, top_word, side_word = _words(
+        seed, image_ids, views
+    )
+    crop_widths, crop_heights = widths.copy(), heights.copy()
+    lefts, tops = np.zeros_like(widths), np.zeros_like(heights)
+    cropped = np.flatnonzero(happens(crop_word, policy.crop_probability))
+    if len(cropped):
+        side = np.array(policy.crop_short_sides)[choose(crop_side_word[cropped], len(policy.crop_short_sides))]
+        seen_widths, seen_heights = _resized(widths[cropped], heights[cropped], side, max_long_side=None)
+        crop_widths[cropped], lefts[cropped] = _window(
+            widths[cropped], seen_widths, width_word[cropped], left_word[cropped], policy
+        )
+        crop_heights[cropped], tops[cropped] = _window(
+            heights[cropped], seen_heights, height_word[cropped], top_word[cropped], policy
+        )
+    short_sides = np.array(policy.short_sides)[choose(side_word, len(policy.short_sides))]
+    out_widths, out_heights = _resized(crop_widths, crop_heights, short_sides, policy.max_long_side)
+    flips = happens(flip_word, policy.flip_probability)
+    columns = (flips, tops, lefts, crop_heights, crop_widths, out_heights, out_widths)
+    return np.stack(columns, axis=1).astype(np.int32)
+
+
+def apply_image(image: Tensor, augmentation: Augmentation) -> Tensor:
+    """Crop, resize and mirror uint8 pixels (3, H, W) -> (3, height, width): one antialiased bilinear resampling.
+
+    Raises ValueError where the crop leaves the image: it was drawn for an image of another size.
+    """
+    a = augmentation
+    if a.crop_top + a.crop_height > image.shape[-2] or a.crop_left + a.crop_width > image.shape[-1]:
+        raise ValueError(f"{augmentation} does not fit an image of {image.shape[-1]} x {image.shape[-2]} pixels")
+    image = image[:, a.crop_top : a.crop_top + a.crop_height, a.crop_left : a.crop_left + a.crop_width]
+    image = F.resize(image.contiguous(), [a.height, a.width], antialias=True)
+    return image.flip(-1) if a.flip else image
+
+
+def apply_boxes(entry: ImageEntry, augmentation: Augmentation) -> Targets:
+    """The entry's ground truth as the augmented image shows it; boxes that the crop leaves empty are dropped.
+
+    The others keep their order. Computed in float64 and rounded once, so that every replay gives the same bits.
+    """
+    a = augmentation
+    crop_size = np.array([a.crop_width, a.crop_height, a.crop_width, a.crop_height], dtype=np.float64)
+    offset = np.array([a.crop_left, a.crop_top, a.crop_left, a.crop_top], dtype=np.float64)
+    corners = np.clip(entry.boxes_xyxy_px.astype(np.float64) - offset, 0, crop_size)
+    kept = (corners[:, 2:] > corners[:, :2]).all(axis=1)
+    corners = corners[kept] / crop_size
+    centres, sizes = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
+    if a.flip:
+        centres[:, 0] = 1 - centres[:, 0]
+    boxes_cxcywh = np.concatenate((centres, sizes), axis=1).astype(np.float32)
+    return Targets(torch.from_numpy(boxes_cxcywh), torch.from_numpy(entry.labels[kept]))
+
+
+def _words(seed: int, image_ids: Integers, views: Integers) -> tuple[npt.NDArray[np.uint64], ...]:
+    """Eight random words for each sample: blocks 1 and 2 of counter (block, view, image id, 0)."""
+    counters = np.zeros((len(image_ids), 4), dtype=np.uint64)
+    counters[:, 1], counters[:, 2] = views, image_ids
+    blocks = []
+    for block in (1, 2):
+        counters[:, 0] = block
+        blocks.append(philox_words((seed & 0xFFFFFFFFFFFFFFFF, _DRAW_VERSION), counters))
+    return tuple(np.concatenate(blocks, axis=1).T)
+
+
+def _window(
+    sizes: Integers,
+    seen_sizes: Integers,
+    size_word: npt.NDArray[np.uint64],
+    start_word: npt.NDArray[np.uint64],
+    policy: AugmentPolicy,
+) -> tuple[Integers, Integers]:
+    """Length and start, in original pixels, of a window drawn on the resized image, along one side."""
+    high = np.minimum(seen_sizes, policy.crop_max)
+    low = np.minimum(high, policy.crop_min)
+    seen_lengths = low + choose(size_word, high - low + 1)
+    # Rounded half up, in integers.
+    lengths = np.clip((2 * seen_lengths * sizes + seen_sizes) // (2 * seen_sizes), 1, sizes)
+    return lengths, choose(start_word, sizes - lengths + 1)
+
+
+def _resized(
+    widths: Integers, heights: Integers, short_sides: Integers, max_long_side: int | None
+) -> tuple[Integers, Integers]:
+    """Sizes with the given short side and the same shape, smaller where the long side would exceed its maximum.
+
+    DETR's rule, long side rounded down. Where DETR's own rounding exceeds the maximum by a pixel, this stays at it.
+    """
+    short, long = np.minimum(widths, heights), np.maximum(widths, heights)
+    if max_long_side is not None:
+        too_long = long * short_sides > max_long_side * short
+        short_sides = np.where(too_long, np.rint(max_long_side * short / long).astype(np.int64), short_sides)
+    new_short = np.maximum(short_sides, 1)
+    new_long = new_short * long // short
+    if max_long_side is not None:
+        new_long = np.minimum(new_long, max_long_side)
+    return np.where(widths <= heights, new_short, new_long), np.where(widths <= heights, new_long, new_short)

@@ -1,0 +1,118 @@
+"""Pixels: from a file to uint8, to normalised floats, to a padded batch, and a fingerprint of the whole way."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as F
+
+from common.augment import apply_image
+from common.errors import UserError
+from common.records import Augmentation, Batch, Targets
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+PADDING_MULTIPLE = 64  # the coarsest stride: no level of the pyramid gets a partly padded last cell
+
+
+def load_image(path: Path, expected_size: tuple[int, int] | None = None) -> Tensor:
+    """Decode a JPEG or PNG file to uint8 RGB (3, H, W); grey and CMYK are converted, EXIF rotation is not applied.
+
+    That is how COCO's boxes were drawn and how the official code reads them. Raises UserError, naming the file, where it is
+    missing, broken, or not of the expected (width, height).
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"expected an image at {path}: {error.strerror}") from None
+    return _decode(data, str(path), expected_size)
+
+
+def normalise(image: Tensor) -> Tensor:
+    """uint8 (..., 3, H, W) -> float32, ImageNet's mean and standard deviation taken out."""
+    shape = (3, 1, 1)
+    mean = torch.tensor(IMAGENET_MEAN, device=image.device).mul_(255).view(shape)
+    std = torch.tensor(IMAGENET_STD, device=image.device).mul_(255).view(shape)
+    return image.float().sub_(mean).div_(std)
+
+
+def collate(samples: Sequence[tuple[Tensor, Targets]]) -> Batch:
+    """Images (3, h, w) and their targets as one batch, padded right and bottom to a multiple of PADDING_MULTIPLE."""
+    height, width = (
+        -(-max(image.shape[axis] for image, _ in samples) // PADDING_MULTIPLE) * PADDING_MULTIPLE for axis in (1, 2)
+    )
+    images = torch.zeros(len(samples), 3, height, width)
+    padding_mask = torch.ones(len(samples), height, width, dtype=torch.bool)
+    for row, (image, _) in enumerate(samples):
+        images[row, :, : image.shape[1], : image.shape[2]] = image
+        padding_mask[row, : image.shape[1], : image.shape[2]] = False
+    return Batch(images, padding_mask, [targets for _, targets in samples])
+
+
+def pixel_fingerprint() -> str:
+    """sha256 of a small built-in JPEG through decoder, crop, resize, mirror and normalisation, in hexadecimal.
+
+    Two installations with the same fingerprint replay the same pixels; where it differs, a decoder or resampler does,
+    and a cache must not be trained from pixels that its teacher did not see.
+    """
+    image = _decode(base64.b64decode(_FINGERPRINT_JPEG), "the built-in image", (56, 40))
+    digest = hashlib.sha256()
+    for augmentation in _FINGERPRINT_VIEWS:
+        pixels = apply_image(image, augmentation)
+        digest.update(pixels.numpy().tobytes())
+        digest.update(normalise(pixels).numpy().astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+def _decode(data: bytes, name: str, expected_size: tuple[int, int] | None) -> Tensor:
+    try:
+        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0].rsplit(", ", 1)[-1]
+        raise UserError(f"expected a JPEG or PNG image at {name}: {reason}") from None
+    if image.ndim != 3:
+        raise UserError(f"expected one image at {name}, found an animation")
+    if image.dtype != torch.uint8:
+        image = F.to_dtype(image, torch.uint8, scale=True)
+    width, height = image.shape[2], image.shape[1]
+    if expected_size is not None and (width, height) != expected_size:
+        raise UserError(
+            f"expected {name} to have {expected_size[0]} x {expected_size[1]} pixels, as in the annotations, found "
+            f"{width} x {height}: is it the file that was annotated?"
+        )
+    return image
+
+
+# A crop that shrinks, a crop that grows and is mirrored, and the whole image to an uneven size.
+_FINGERPRINT_VIEWS = (
+    Augmentation(False, crop_top=3, crop_left=5, crop_height=33, crop_width=47, height=19, width=27),
+    Augmentation(True, crop_top=11, crop_left=2, crop_height=21, crop_width=30, height=64, width=91),
+    Augmentation(True, crop_top=0, crop_left=0, crop_height=40, crop_width=56, height=37, width=51),
+)
+
+# Ramps, a checkerboard that does not keep to the decoder's 8 x 8 blocks, and a bowl; saved by Pillow with quality 75:
+#   y, x = np.mgrid[0:40, 0:56]
+#   (4 * x + y, 215 - 3 * x - y + 40 * ((x // 5 + y // 5) % 2), (x - 28) ** 2 // 8 + (y - 20) ** 2 // 4), clipped to 0..255
+_FINGERPRINT_JPEG = (
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAgGBgcGBQgHBwcJCQgKDBQNDAsLDBkSEw8UHRofHh0aHBwgJC4nICIsIxwcKDcpLDAxNDQ0Hyc5PTgy"
+    "PC4zNDL/2wBDAQkJCQwLDBgNDRgyIRwhMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjL/wAARCAAoADgD"
+    "ASIAAhEBAxEB/8QAHwAAAQUBAQEBAQEAAAAAAAAAAAECAwQFBgcICQoL/8QAtRAAAgEDAwIEAwUFBAQAAAF9AQIDAAQRBRIhMUEGE1FhByJxFDKB"
+    "kaEII0KxwRVS0fAkM2JyggkKFhcYGRolJicoKSo0NTY3ODk6Q0RFRkdISUpTVFVWV1hZWmNkZWZnaGlqc3R1dnd4eXqDhIWGh4iJipKTlJWWl5iZ"
+    "mqKjpKWmp6ipqrKztLW2t7i5usLDxMXGx8jJytLT1NXW19jZ2uHi4+Tl5ufo6erx8vP09fb3+Pn6/8QAHwEAAwEBAQEBAQEBAQAAAAAAAAECAwQF"
+    "BgcICQoL/8QAtREAAgECBAQDBAcFBAQAAQJ3AAECAxEEBSExBhJBUQdhcRMiMoEIFEKRobHBCSMzUvAVYnLRChYkNOEl8RcYGRomJygpKjU2Nzg5"
+    "OkNERUZHSElKU1RVVldYWVpjZGVmZ2hpanN0dXZ3eHl6goOEhYaHiImKkpOUlZaXmJmaoqOkpaanqKmqsrO0tba3uLm6wsPExcbHyMnK0tPU1dbX"
+    "2Nna4uPk5ebn6Onq8vP09fb3+Pn6/9oADAMBAAIRAxEAPwDXObRjJIQQfl+WqshMkn2kEbAd2D14/wD1U4u8jEXOQnUbht5qrI7iTYmfIzjgZGO/"
+    "P515WJxkrvXU/PcBRd/MdNJ9sx5fGzru9/8A9VRPOJI/swzvHy5PTj/9VMmby8fZec/e2/N9KicqI96Y8/rgHJz34/OvMeMZ9jgaKsvwJFnFoPLk"
+    "ySTn5aYmbRvMkIIIx8tRKUkGbkgPnjcdvFMSR5Gxc5CdtwxzXXQxjv8AmfW4Oj/wf+AWDmST7SCNg+bB68f/AKqKrl3EmxM+RnGQMjHfn86K9+lj"
+    "HyK59HTorlV0bEkn2z93jZj5s9f89arPJ5f+i4zn5d319vxqzOVkGLbAfqdo28VWYqI9j48/pyMnPbn8q+ZxNN9j8NwEFpp8iBj9i/29/wCGMf8A"
+    "66hZPL/0rOc/Nt+vv+NSj93n7Vzn7u75vrUBVxJvfPkZzgnIx24/KvOdOV/61PssFD+u40p9s/eZ2Y+XHX/PWm+b9s/d42Y+bPX/AD1pZFeRs22Q"
+    "nQ7Tt5pJCsgxbYD5ydoxxXVQpu6/qx9bg4bf1YPM8v8A0XGc/Lu+vt+NFAKiPY+PP6ZIyc9ufyor6ChTly6aH0lGHu6O36m/PELQeZHkknb81Vmi"
+    "Ekf2k53gbsDpx/8AqoorXE0YWufgOAfup9SuF+2Z8zjZ02+9QljJJ9mIGwHbkdeP/wBVFFee6EOZq2x9pgkrtdiORjaN5cYBB+b5qSSIWg8yPJJO"
+    "35qKK6qFCF15n1mC+z5gIhJH9pOd4G7A6cf/AKqKKK+hw+HpuOqPpaCTTv0P/9k="
+)
