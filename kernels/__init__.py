@@ -4,5 +4,7 @@ One facade per operator; behind it a pure-PyTorch reference (the truth), a CPU v
 """
 
 from kernels.deformable import deformable_attention
+from kernels.feature_loss import cached_feature_loss
+from kernels.matching import Matching, hungarian, hungarian_start
 
-__all__ = ["deformable_attention"]
+__all__ = ["Matching", "cached_feature_loss", "deformable_attention", "hungarian", "hungarian_start"]

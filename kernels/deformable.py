@@ -22,7 +22,8 @@ def deformable_attention(
     value: (B, T, H, D), the levels one after another, rows before columns. level_shapes: (height, width) of each.
     sampling_locations: (B, Q, H, L, P, 2) as (x, y) relative to each level's width and height; 0..1 is the map,
     (0, 0) the outer corner of its first pixel; what lies outside contributes zero, as in `grid_sample` with
-    `padding_mode="zeros", align_corners=False`. attention_weights: (B, Q, H, L, P). Returns (B, Q, H*D) in value's dtype.
+    `padding_mode="zeros", align_corners=False`. attention_weights: (B, Q, H, L, P). Returns (B, Q, H*D) in the dtype of
+    value.
 
     Raises ValueError for shapes that do not fit.
     """

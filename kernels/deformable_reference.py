@@ -17,7 +17,9 @@ def deformable_attention_reference(
     batch, _, heads, width = value.shape
     queries, points = sampling_locations.shape[1], sampling_locations.shape[4]
     dtype = torch.promote_types(value.dtype, torch.float32)
-    values = value.to(dtype).permute(0, 2, 3, 1).split([h * w for h, w in level_shapes], dim=-1)  # each (B, H, D, h*w)
+    values = (
+        value.to(dtype).permute(0, 2, 3, 1).split_with_sizes([h * w for h, w in level_shapes], dim=-1)
+    )  # each (B, H, D, h*w)
     grid = (2 * sampling_locations.to(dtype) - 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 1)  # (B*H, L, Q, P, 2)
     sampled = [
         F.grid_sample(

@@ -1,0 +1,80 @@
+"""Feature distillation on cached tokens: the facade."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.feature_loss_reference import cached_feature_loss_reference
+
+
+def cached_feature_loss(
+    student: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    scales: Tensor | None = None,
+    channel_scale: Tensor | None = None,
+    channel_shift: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Weighted squared error between the student's features and the teacher's cached, quantised ones.
+
+    `sum_s weights[s] * sum_c (decode(tokens)[s, c] - student[b(s), positions[s], c])^2`, with
+    `decode(q)[s, c] = q * scales[s, group(c)] * channel_scale[c] + channel_shift[c]`: the target-aware feature
+    distillation of DETRDistill (arXiv 2211.10156) with its masks folded into one weight per token, on the tokens that
+    were kept. The caller folds every normalisation into the weights.
+
+    student: (B, T, C) float32, bf16 or fp16, the only input with a gradient. tokens: (S, C) float16 or int8, or
+    (S, C/2) uint8 holding two int4 in -8..7 each, in two's complement: the even channel in the low nibble, the odd one
+    in the high nibble. positions: (S,) int64 into the T of the (padded) student; those of one sample are all different.
+    weights: (S,) float32. offsets: (B+1,) int64: tokens offsets[b]:offsets[b+1] belong to sample b. scales: (S, G)
+    float16 or float32, one for each group of C/G neighbouring channels. channel_scale, channel_shift: (C,). What is
+    None is left out. Returns a float32 scalar (float64 for a float64 student).
+
+    Raises ValueError for shapes and dtypes that do not fit.
+    """
+    _check(student, tokens, positions, weights, offsets, scales, channel_scale, channel_shift)
+    samples = torch.searchsorted(offsets[1:], torch.arange(len(positions), device=offsets.device), right=True)
+    rows = samples * student.shape[1] + positions
+    return cached_feature_loss_reference(student, tokens, rows, weights, scales, channel_scale, channel_shift)
+
+
+def _check(
+    student: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    scales: Tensor | None,
+    channel_scale: Tensor | None,
+    channel_shift: Tensor | None,
+) -> None:
+    if student.dim() != 3 or not student.is_floating_point():
+        raise ValueError(f"student must be floating and (B, T, C), got {student.dtype} {tuple(student.shape)}")
+    batch, _, channels = student.shape
+    if tokens.dtype not in (torch.float16, torch.int8, torch.uint8):
+        raise ValueError(f"tokens must be float16, int8 or uint8 (two int4), got {tokens.dtype}")
+    stored = channels // 2 if tokens.dtype == torch.uint8 else channels
+    kept = positions.shape[0]
+    shapes = {
+        "tokens": (tokens, (kept, stored)),
+        "positions": (positions, (kept,)),
+        "weights": (weights, (kept,)),
+        "offsets": (offsets, (batch + 1,)),
+        "channel_scale": (channel_scale, (channels,)),
+        "channel_shift": (channel_shift, (channels,)),
+    }
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"{name} must be {shape} for {kept} tokens of {channels} channels, got {tuple(tensor.shape)}"
+            )
+    for name, tensor in (("positions", positions), ("offsets", offsets)):
+        if tensor.dtype != torch.int64:
+            raise ValueError(f"{name} must be int64, got {tensor.dtype}")
+    if tokens.dtype == torch.uint8 and channels % 2:
+        raise ValueError(f"int4 tokens need an even number of channels, got {channels}")
+    if scales is not None and (scales.dim() != 2 or scales.shape[0] != kept or channels % max(1, scales.shape[1])):
+        raise ValueError(f"scales must be ({kept}, G) with G a divisor of {channels}, got {tuple(scales.shape)}")

@@ -1,0 +1,45 @@
+"""The feature loss on cached tokens in plain PyTorch: the truth the other versions are tested against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def decode_tokens(
+    tokens: Tensor,
+    scales: Tensor | None,
+    channel_scale: Tensor | None,
+    channel_shift: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Cached tokens as floats (S, C): `q * scales[s, group(c)] * channel_scale[c] + channel_shift[c]`.
+
+    tokens: (S, C) float16 or int8, or (S, C/2) uint8 holding two int4 in -8..7: the even channel in the low nibble, the
+    odd one in the high nibble, both in two's complement.
+    """
+    if tokens.dtype == torch.uint8:
+        nibbles = torch.stack((tokens & 15, tokens >> 4), dim=-1).flatten(1).to(torch.int8)
+        tokens = torch.where(nibbles > 7, nibbles - 16, nibbles)
+    decoded = tokens.to(dtype)
+    if scales is not None:
+        decoded = decoded * scales.to(dtype).repeat_interleave(decoded.shape[1] // scales.shape[1], dim=1)
+    if channel_scale is not None:
+        decoded = decoded * channel_scale.to(dtype)
+    return decoded if channel_shift is None else decoded + channel_shift.to(dtype)
+
+
+def cached_feature_loss_reference(
+    student: Tensor,
+    tokens: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    scales: Tensor | None,
+    channel_scale: Tensor | None,
+    channel_shift: Tensor | None,
+) -> Tensor:
+    """`cached_feature_loss` with each token's row (S,) in the flattened (B*T, C) student; differentiable in student."""
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    kept = student.flatten(0, 1).index_select(0, rows).to(dtype)
+    difference = decode_tokens(tokens, scales, channel_scale, channel_shift, dtype) - kept
+    return (weights.to(dtype) * difference.square().sum(1)).sum()

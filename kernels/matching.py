@@ -1,0 +1,127 @@
+"""Hungarian matching of many small cost matrices: one transfer, solved on threads while the device goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from kernels.threads import pool
+
+Mask = npt.NDArray[np.bool_]
+
+
+def hungarian(costs: Tensor, row_mask: Tensor | None = None, column_mask: Tensor | None = None) -> Tensor:
+    """For each column (target) the row (query) that the assignment with the least total cost gives it.
+
+    costs: (..., N, G), any floating dtype and device; the leading dimensions are typically (layers, images).
+    row_mask: (..., N) and column_mask: (..., G) bool, True where the row or column takes part; they broadcast over the
+    leading dimensions. Returns (..., G) int64 on the costs' device: -1 where the column is masked or, with fewer rows
+    than columns, left over. The costs of masked rows and columns may be anything.
+
+    The matrices go to the host in one transfer and are solved exactly by scipy's `linear_sum_assignment`, which
+    releases the GIL, on `torch.get_num_threads()` threads.
+
+    Raises ValueError for shapes that do not fit, and for a NaN or infinite cost, naming its layer and image.
+    """
+    return hungarian_start(costs, row_mask, column_mask).result()
+
+
+def hungarian_start(costs: Tensor, row_mask: Tensor | None = None, column_mask: Tensor | None = None) -> Matching:
+    """`hungarian` in two steps: start, and go on with other work until `.result()` is called."""
+    if costs.dim() < 2 or not costs.is_floating_point():
+        raise ValueError(f"costs must be floating and (..., N, G), got {costs.dtype} {tuple(costs.shape)}")
+    leading, rows, columns = costs.shape[:-2], costs.shape[-2], costs.shape[-1]
+    row_mask = _expand("row_mask", row_mask, leading, rows)
+    column_mask = _expand("column_mask", column_mask, leading, columns)
+    if costs.dtype not in (torch.float32, torch.float64):
+        costs = costs.float()
+    hosts = [_to_host(tensor) for tensor in (costs.detach(), row_mask, column_mask)]
+    copied = torch.cuda.Event() if costs.is_cuda else None  # type: ignore[no-untyped-call]
+    if copied is not None:
+        copied.record(torch.cuda.current_stream(costs.device))
+
+    matched = np.full((leading.numel(), columns), -1, dtype=np.int64)
+    indices = iter(range(leading.numel()))  # shared: each thread takes the next matrix when it is free
+
+    def work() -> list[int]:
+        if copied is not None:
+            copied.synchronize()
+        flat = [host.numpy().reshape(leading.numel(), *host.shape[len(leading) :]) for host in hosts]
+        return _solve(indices, flat[0], flat[1], flat[2], matched)
+
+    threads = min(torch.get_num_threads(), leading.numel())
+    return Matching([pool().submit(work) for _ in range(threads)], matched, leading, costs.device)
+
+
+@dataclass(frozen=True)
+class Matching:
+    """A matching under way. `result()` waits for it."""
+
+    _solving: list[Future[list[int]]]
+    _matched: npt.NDArray[np.int64]
+    _leading: torch.Size
+    _device: torch.device
+
+    def result(self) -> Tensor:
+        """(..., G) int64, and the errors, of `hungarian`."""
+        bad = [index for future in self._solving for index in future.result()]
+        if bad:
+            raise ValueError(
+                f"the costs of {_name(min(bad), self._leading)} hold NaN or infinity: look at that layer's predictions "
+                "(a diverged loss, a box of no size) before it is matched"
+            )
+        return torch.from_numpy(self._matched).view(*self._leading, self._matched.shape[1]).to(self._device)
+
+
+def _solve(
+    indices: Iterator[int],
+    costs: npt.NDArray[np.floating],
+    row_mask: Mask,
+    column_mask: Mask,
+    matched: npt.NDArray[np.int64],
+) -> list[int]:
+    """Solve the matrices that `indices` yields into `matched`; return the indices of those that hold a bad cost."""
+    bad = []
+    for index in indices:
+        cost, rows, columns = costs[index], np.flatnonzero(row_mask[index]), np.flatnonzero(column_mask[index])
+        if len(rows) < cost.shape[0] or len(columns) < cost.shape[1]:
+            cost = cost[np.ix_(rows, columns)]
+        if not np.isfinite(cost).all():
+            bad.append(index)
+            continue
+        row_choice, column_choice = linear_sum_assignment(cost)
+        matched[index, columns[column_choice]] = rows[row_choice]
+    return bad
+
+
+def _expand(name: str, mask: Tensor | None, leading: torch.Size, size: int) -> Tensor:
+    if mask is None:
+        return torch.ones(()).bool().expand(*leading, size)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"{name} must be bool, True where it takes part; got {mask.dtype}")
+    try:
+        return mask.broadcast_to((*leading, size))
+    except RuntimeError:
+        raise ValueError(f"{name} {tuple(mask.shape)} does not broadcast to {(*leading, size)}") from None
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """The tensor on the host, without waiting: into pinned memory when it comes from a CUDA device."""
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _name(index: int, leading: torch.Size) -> str:
+    place = [int(i) for i in np.unravel_index(index, tuple(leading))] if leading else []
+    if len(place) == 2:
+        return f"layer {place[0]}, image {place[1]}"
+    return f"image {place[0]}" if len(place) == 1 else f"matrix {tuple(place)}"
