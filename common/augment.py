@@ -1,12 +1,12 @@
 """Augmentation in two halves: `draw` resolves it to integers, `apply_image` and `apply_boxes` replay the integers.
 
-The recipe is Deformable DETR's (arXiv 2010.04159, the one of DETR): mirror half of the images; resize the short side to one of
-480..800 with the long side at most 1333; half of the images are first resized to 400, 500 or 600 and cropped to
-384..600 on each side. Here the crop is taken on the original pixels and the result is resized once, which gives the same
-sizes and views without resampling twice. Mirroring comes last, so the crop's position is in the unmirrored original.
+The recipe is Deformable DETR's (arXiv 2010.04159, the one of DETR): mirror half of the images; resize the short side to
+one of 480..800 with the long side at most 1333; half of the images are first resized to 400, 500 or 600 and cropped to
+384..600 on each side. Here the crop is taken on the original pixels and the result is resized once, which shows the
+same without resampling twice. Mirroring comes last, so the crop's position is in the unmirrored original.
 
-A view is drawn by a counter-based generator from (seed, image id, view) alone: no state, so every rank and worker draws the
-same view of a sample, in any order.
+A view is drawn by a counter-based generator from (seed, image id, view) alone: no state, so every rank and worker draws
+the same view of a sample, in any order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from common.records import Augmentation, ImageEntry, Targets
 
 Integers = npt.NDArray[np.int64]
 
-# The generator's second key: changes when the meaning of the drawn words changes, so that old draws cannot recur by half.
+# The generator's second key: to be raised when the meaning of its words changes, so that old draws never half recur.
 _DRAW_VERSION = 1
 
 
@@ -51,16 +51,14 @@ class AugmentPolicy:
         object.__setattr__(self, "short_sides", tuple(self.short_sides))  # json has lists
         object.__setattr__(self, "crop_short_sides", tuple(self.crop_short_sides))
         probabilities_fit = 0 <= self.flip_probability <= 1 and 0 <= self.crop_probability <= 1
-        sides_fit = (
-            len(self.short_sides) > 0 and 0 < min(self.short_sides) <= max(self.short_sides) <= self.max_long_side
-        )
+        sides_fit = bool(self.short_sides) and 0 < min(self.short_sides) <= max(self.short_sides) <= self.max_long_side
         crop_fits = self.crop_probability == 0 or (
-            len(self.crop_short_sides) > 0 and min(self.crop_short_sides) > 0 and 0 < self.crop_min <= self.crop_max
+            bool(self.crop_short_sides) and min(self.crop_short_sides) > 0 and 0 < self.crop_min <= self.crop_max
         )
         if not (probabilities_fit and sides_fit and crop_fits):
             raise UserError(
-                "expected probabilities in 0..1, short sides of 1 to max_long_side pixels, and for a crop short sides and "
-                f"0 < crop_min <= crop_max, found {self}"
+                "expected probabilities in 0..1, short sides of 1 to max_long_side pixels, and for a crop short sides "
+                f"and 0 < crop_min <= crop_max, found {self}"
             )
 
 
@@ -89,8 +87,8 @@ def fixed_policy(side: int) -> AugmentPolicy:
 
 def draw(seed: int, image_id: int, view: int, width: int, height: int, policy: AugmentPolicy) -> Augmentation:
     """One view of one image of width x height pixels: one row of `draw_many`."""
-    one = (np.array([value], dtype=np.int64) for value in (image_id, view, width, height))
-    flip, *rest = draw_many(seed, *one, policy=policy)[0].tolist()
+    image_ids, views, widths, heights = (np.array([value], dtype=np.int64) for value in (image_id, view, width, height))
+    flip, *rest = draw_many(seed, image_ids, views, widths, heights, policy)[0].tolist()
     return Augmentation(bool(flip), *rest)
 
 

@@ -105,8 +105,8 @@ def check_images(annotations: Annotations) -> None:
     missing = missing_images(annotations)
     if missing:
         raise UserError(
-            f"expected {len(annotations.entries)} images in {annotations.image_folder}, but {len(missing)} are missing, "
-            f"the first is {missing[0]}: add them, or remove them from {annotations.annotation_file}"
+            f"expected {len(annotations.entries)} images in {annotations.image_folder}, but {len(missing)} are "
+            f"missing, the first is {missing[0]}: add them, or remove them from {annotations.annotation_file}"
         )
 
 

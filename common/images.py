@@ -24,8 +24,8 @@ PADDING_MULTIPLE = 64  # the coarsest stride: no level of the pyramid gets a par
 def load_image(path: Path, expected_size: tuple[int, int] | None = None) -> Tensor:
     """Decode a JPEG or PNG file to uint8 RGB (3, H, W); grey and CMYK are converted, EXIF rotation is not applied.
 
-    That is how COCO's boxes were drawn and how the official code reads them. Raises UserError, naming the file, where it is
-    missing, broken, or not of the expected (width, height).
+    That is how COCO's boxes were drawn and how the official code reads them. Raises UserError, naming the file, where
+    it is missing, broken, or not of the expected (width, height).
     """
     try:
         data = path.read_bytes()
@@ -72,7 +72,7 @@ def pixel_fingerprint() -> str:
 
 def _decode(data: bytes, name: str, expected_size: tuple[int, int] | None) -> Tensor:
     try:
-        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        image: Tensor = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0].rsplit(", ", 1)[-1]
         raise UserError(f"expected a JPEG or PNG image at {name}: {reason}") from None
@@ -96,9 +96,9 @@ _FINGERPRINT_VIEWS = (
     Augmentation(True, crop_top=0, crop_left=0, crop_height=40, crop_width=56, height=37, width=51),
 )
 
-# Ramps, a checkerboard that does not keep to the decoder's 8 x 8 blocks, and a bowl; saved by Pillow with quality 75:
-#   y, x = np.mgrid[0:40, 0:56]
-#   (4 * x + y, 215 - 3 * x - y + 40 * ((x // 5 + y // 5) % 2), (x - 28) ** 2 // 8 + (y - 20) ** 2 // 4), clipped to 0..255
+# Ramps, a checkerboard that does not keep to the decoder's 8 x 8 blocks, and a bowl, saved by Pillow with quality 75.
+# With y, x = np.mgrid[0:40, 0:56], the channels are, clipped to 0..255, 4 * x + y,
+# 215 - 3 * x - y + 40 * ((x // 5 + y // 5) % 2), and (x - 28) ** 2 // 8 + (y - 20) ** 2 // 4.
 _FINGERPRINT_JPEG = (
     "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAgGBgcGBQgHBwcJCQgKDBQNDAsLDBkSEw8UHRofHh0aHBwgJC4nICIsIxwcKDcpLDAxNDQ0Hyc5PTgy"
     "PC4zNDL/2wBDAQkJCQwLDBgNDRgyIRwhMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjL/wAARCAAoADgD"

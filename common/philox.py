@@ -1,8 +1,8 @@
 """Philox 4x64-10, a counter-based random generator, over whole arrays of counters.
 
-Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): a keyed bijection turns a counter into 256 random bits,
-so any draw is had at once, in any order, on any machine. The same words as `numpy.random.Philox(...).random_raw()`,
-which can do one counter at a time.
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): a keyed bijection turns a counter into 256
+random bits, so any draw is had at once, in any order, on any machine. The words are those of
+`numpy.random.Philox(...).random_raw()`, which is made for one counter after another.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ def choose(words: Words, choices: npt.NDArray[np.int64] | int) -> npt.NDArray[np
     The upper half of the word times the number of choices, over 2^32: integer arithmetic alone, so that no library's
     idea of a distribution enters. Its bias is below choices / 2^32.
     """
-    return ((words >> _32) * np.asarray(choices, dtype=np.uint64) >> _32).astype(np.int64)
+    chosen: Words = (words >> _32) * np.asarray(choices, dtype=np.uint64) >> _32
+    return chosen.astype(np.int64)
 
 
 def happens(words: Words, probability: float) -> npt.NDArray[np.bool_]:
     """True (N,) with the given probability, resolved to 2^-32."""
-    return (words >> _32) < np.uint64(round(probability * 2**32))
+    happening: npt.NDArray[np.bool_] = (words >> _32) < np.uint64(round(probability * 2**32))
+    return happening
 
 
 def _multiply(values: Words, factor: int) -> tuple[Words, Words]:
