@@ -16,6 +16,7 @@ import numpy.typing as npt
 from common.cache.schema import TokenCodec
 
 Floats = npt.NDArray[np.float32]
+Stored = dict[str, npt.NDArray[Any]]
 
 # Worst absolute error of a decoded int8 value, in units of its token's scale times its channel's: half a step of
 # rounding, and what rounding the scale itself to float16 moves the largest value.
@@ -24,19 +25,20 @@ INT8_STEP_ERROR = 0.5 + 127 * 2.0**-11
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """channel_scale, channel_shift: (C,) float32, spread and mean of every channel over some of the teacher's tokens."""
+    """Spread and mean of every channel, (C,) float32 each, over some of the teacher's tokens."""
 
     channel_scale: Floats
     channel_shift: Floats
 
 
 def measure_channels(tokens: Floats) -> ChannelStatistics:
-    """Statistics of tokens (T, C). A channel that never varies gets scale 1."""
+    """Statistics of tokens (T, C); a channel that never varies gets scale 1."""
     spread = tokens.std(axis=0, dtype=np.float64).astype(np.float32)
-    return ChannelStatistics(np.where(spread > 0, spread, np.float32(1)), tokens.mean(axis=0, dtype=np.float64).astype(np.float32))
+    mean = tokens.mean(axis=0, dtype=np.float64).astype(np.float32)
+    return ChannelStatistics(channel_scale=np.where(spread > 0, spread, np.float32(1)), channel_shift=mean)
 
 
-def encode_tokens(tokens: Floats, codec: TokenCodec, statistics: ChannelStatistics | None) -> dict[str, npt.NDArray[Any]]:
+def encode_tokens(tokens: Floats, codec: TokenCodec, statistics: ChannelStatistics | None) -> Stored:
     """The stored fields of tokens (S, C): `tokens`, and `token_scales` (S, 1) for int8, which needs the statistics."""
     if codec == "fp32":
         return {"tokens": tokens}
@@ -50,7 +52,7 @@ def encode_tokens(tokens: Floats, codec: TokenCodec, statistics: ChannelStatisti
     return {"tokens": np.clip(steps, -127, 127).astype(np.int8), "token_scales": scales}
 
 
-def decode_tokens(stored: dict[str, npt.NDArray[Any]], statistics: ChannelStatistics | None) -> Floats:
+def decode_tokens(stored: Stored, statistics: ChannelStatistics | None) -> Floats:
     """Tokens (S, C) float32 from the fields that `encode_tokens` gave."""
     tokens = stored["tokens"].astype(np.float32)
     if "token_scales" not in stored:

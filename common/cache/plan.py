@@ -59,13 +59,14 @@ def make_plan(
     policy: AugmentPolicy,
     strides: Sequence[int],
     keep_tokens: float,
-    record_bytes: tuple[int, int],
+    token_bytes: int,
+    sample_bytes: int,
     group: int,
 ) -> Plan:
     """Plan `views` samples of every entry.
 
-    record_bytes: bytes of one token over all token fields, and of one sample over all sample fields. group: samples
-    that the teacher sees at once.
+    token_bytes, sample_bytes: of one row of all token fields and of all sample fields. group: samples that the teacher
+    sees at once.
     """
     image_id = np.array([entry.image_id for entry in entries], dtype=np.int64)
     sizes = np.array([(entry.width, entry.height) for entry in entries], dtype=np.int64).reshape(-1, 2)
@@ -84,7 +85,6 @@ def make_plan(
     if keep_tokens < 1:  # whole pages, so that sampled records need no padding
         kept = np.minimum(tokens, np.maximum(1, np.rint(tokens * keep_tokens / page)).astype(np.int64) * page)
 
-    token_bytes, sample_bytes = record_bytes
     shard_samples = _shard_samples(len(ids), float(kept.mean()) * token_bytes + sample_bytes, group)
     pages = _to_pages(kept, page)
     first = np.arange(len(ids)) // shard_samples * shard_samples  # the first sample of each sample's shard

@@ -25,9 +25,11 @@ from torch import Tensor
 
 from common.cache.plan import SampleTable
 from common.cache.schema import ATTRIBUTE, CHECKSUM_BYTES, INDEX_ENTRY_BYTES, MISSING, Field, Manifest
-from common.cache.writer import CONSTANTS_GROUP, finished_shards, read_table, shard_path
+from common.cache.writer import CONSTANTS_GROUP, finished_shards, read_skipped, read_table, shard_path
 from common.errors import UserError
 from common.records import CachedBatch
+
+Integers = npt.NDArray[np.int64]
 
 OPEN_FILES = 256
 READ_THREADS = 2
@@ -65,10 +67,11 @@ class CacheReader:
         self.manifest = read_manifest(self.path)
         self.table: SampleTable = read_table(self.path)
         self.fields = self.manifest.fields()
-        self.constants = _read_constants(self.path)
+        self.constants = read_constants(self.path)
         finished = finished_shards(self.path, self.manifest)
         self.finished_shards = finished
         self._readable = finished[np.arange(len(self.table)) // self.manifest.layout.shard_samples]
+        self._readable[list(read_skipped(self.path))] = False
         self._verify = verify
         self._shards = _OpenShards(self.path, self.manifest)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="cache-reader")
@@ -78,7 +81,7 @@ class CacheReader:
 
     @property
     def complete(self) -> bool:
-        return bool(self._readable.all())
+        return bool(self.finished_shards.all())
 
     def rows(self, view: int | None = None) -> npt.NDArray[np.intp]:
         """The rows of all samples that are in finished shards, of one view or of all."""
@@ -122,11 +125,14 @@ class CacheReader:
         except (OSError, EOFError, ValueError) as error:
             image_id, view = self.table.image_id[row], self.table.view[row]
             raise CorruptRecord(
-                f"{shard_path(self.path, field, shard)}: the record of image {image_id}, view {view} is damaged ({error});"
+                f"{shard_path(self.path, field, shard)}: the record of image {image_id}, view {view} is damaged:"
+                f" {error};"
                 f" `python -m teacher_dump verify {self.path}` lists all damage, dumping again mends it"
             ) from None
 
-    def _batch(self, rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], read: dict[str, Tensor]) -> CachedBatch:
+    def _batch(
+        self, rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], read: dict[str, Tensor]
+    ) -> CachedBatch:
         positions = read.get("token_positions")
         if positions is None:
             positions = torch.cat([torch.arange(int(n)) for n in np.diff(offsets)]) if len(rows) else torch.zeros(0)
@@ -193,6 +199,7 @@ class _OpenShard:
                 if value != stored[page]:
                     raise ValueError(f"the checksum of page {first + page} does not match")
 
+
 class _OpenShards:
     """The most recently used shard files, kept open.
 
@@ -235,7 +242,7 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest.from_json(attributes.get(ATTRIBUTE), str(path))
 
 
-def _read_constants(path: Path) -> dict[str, Tensor]:
+def read_constants(path: Path) -> dict[str, Tensor]:
     group = zarr.open_group(path, path=CONSTANTS_GROUP, mode="r")
     return {name: torch.from_numpy(np.asarray(array[:])) for name, array in group.arrays()}
 

@@ -21,7 +21,7 @@ def inclusion_probabilities(weights: npt.NDArray[np.float32], kept: int) -> npt.
     positive = int(np.count_nonzero(weights))
     if kept >= positive:  # every token that counts is kept; the others share the remaining places
         rest = (kept - positive) / max(1, len(weights) - positive)
-        return np.where(weights > 0, 1.0, rest)
+        return np.where(weights > 0, 1.0, rest).astype(np.float64)
     # With the m heaviest tokens certain, c = (kept - m) / (sum of the others); m is the smallest for which the
     # heaviest of the others stays at or below 1.
     descending = np.sort(weights)[::-1]

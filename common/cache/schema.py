@@ -165,7 +165,9 @@ class Manifest:
         version = value.get("format_version") if isinstance(value, dict) else None
         if version != FORMAT_VERSION:
             found = "no DETRCache manifest" if version is None else f"format version {version}"
-            raise UserError(f"{where}: expected a store of format version {FORMAT_VERSION}, found {found}; dump it again")
+            raise UserError(
+                f"{where}: expected a store of format version {FORMAT_VERSION}, found {found}; dump it again"
+            )
         try:
             return _MANIFEST.validate_python(value)
         except ValidationError as error:
@@ -185,6 +187,7 @@ def differences(ours: Manifest, theirs: Manifest) -> list[str]:
 def _differences(ours: Any, theirs: Any, name: str) -> list[str]:
     if isinstance(ours, dict) and isinstance(theirs, dict):
         keys = [*ours, *(key for key in theirs if key not in ours)]
-        return [line for key in keys for line in _differences(ours.get(key), theirs.get(key), f"{name}.{key}".lstrip("."))]
+        return [
+            line for key in keys for line in _differences(ours.get(key), theirs.get(key), f"{name}.{key}".lstrip("."))
+        ]
     return [] if ours == theirs else [f"{name}: {ours!r} against {theirs!r}"]
-

@@ -7,12 +7,12 @@ at most temporary files, which the next one removes; a shard counts as written w
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -26,13 +26,12 @@ from common.cache.schema import ATTRIBUTE, MISSING, Field, Layout, Manifest
 TABLE_GROUP, CONSTANTS_GROUP = "samples", "teacher"
 TABLE_CHUNK_ROWS = 65536
 TEMPORARY = ".partial"
+SKIPPED = "skipped"  # folder of a store: one json file for each shard that has images which could not be decoded
 
 Record = Mapping[str, npt.NDArray[Any]]
 
 
-def create_store(
-    path: Path, manifest: Manifest, plan: Plan, constants: Mapping[str, npt.NDArray[np.float32]]
-) -> None:
+def create_store(path: Path, manifest: Manifest, plan: Plan, constants: Mapping[str, npt.NDArray[np.float32]]) -> None:
     """Write everything of a store but its shards; the store appears at `path` by one rename.
 
     constants: what the teacher has once and not per sample, such as its query embeddings.
@@ -80,39 +79,46 @@ def finished_shards(store: Path, manifest: Manifest) -> npt.NDArray[np.bool_]:
 
 
 class ShardWriter:
-    """Writes one shard of every field; use as a context manager and `add` the shard's records in store order.
+    """Writes one shard of every field: `add` the shard's records in store order, then `commit`.
 
-    On leaving the block without an error the shard is committed; otherwise nothing of it remains.
+    When anything fails, nothing of the shard remains.
     """
 
     def __init__(self, store: Path, manifest: Manifest, shard: int) -> None:
-        self._files = {field: _ShardFile(shard_path(store, field, shard), field, manifest.layout)
-                       for field in manifest.fields()}
+        self._files = {
+            field: _ShardFile(shard_path(store, field, shard), field, manifest.layout) for field in manifest.fields()
+        }
         first = shard * manifest.layout.shard_samples
         self._missing = min(manifest.layout.samples - first, manifest.layout.shard_samples)
 
-    def add(self, record: Record) -> None:
-        """Append the record of one sample: for each field its rows, (kept tokens, ...) or the sample's one row."""
-        for field, file in self._files.items():
-            rows = record[field.name]
-            file.append(rows if field.per == "token" else rows[None])
-        self._missing -= 1
+    def add(self, records: Iterable[Record]) -> None:
+        """Append records of samples: for each field its rows, (kept tokens, ...) or the sample's one row."""
+        try:
+            for record in records:
+                for field, file in self._files.items():
+                    rows = record[field.name]
+                    file.append(rows if field.per == "token" else rows[None])
+                self._missing -= 1
+        except BaseException:
+            self.discard()
+            raise
 
-    def __enter__(self) -> ShardWriter:
-        return self
+    def commit(self) -> None:
+        """Bring all files to the disk, then to their places."""
+        try:
+            if self._missing:
+                raise ValueError(f"{self._missing} records of the shard were not added")
+            for file in self._files.values():
+                file.finish()
+            for file in self._files.values():
+                file.publish()
+        except BaseException:
+            self.discard()
+            raise
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        files = self._files.values()
-        if error is not None:
-            for file in files:
-                file.discard()
-            return
-        if self._missing:
-            raise ValueError(f"{self._missing} records of the shard were not added")
-        for file in files:
-            file.finish()
-        for file in files:
-            file.publish()
+    def discard(self) -> None:
+        for file in self._files.values():
+            file.discard()
 
 
 class _ShardFile:
@@ -124,7 +130,7 @@ class _ShardFile:
         self._page_bytes, self._pages = layout.page_bytes(field), 0
         path.parent.mkdir(parents=True, exist_ok=True)
         self._partial = path.with_name(f"{path.name}{TEMPORARY}-{os.getpid()}")
-        self._file: BinaryIO = open(self._partial, "wb", buffering=0)
+        self._file = self._partial.open("wb", buffering=0)
 
     def append(self, rows: npt.NDArray[Any]) -> None:
         """Write the rows of one sample as whole pages, the last one filled up with zeros."""
@@ -136,7 +142,9 @@ class _ShardFile:
         rows = np.ascontiguousarray(rows, dtype=np.dtype(field.dtype).newbyteorder("<"))
         if padding:
             rows = np.concatenate([rows, np.zeros((padding, *field.row_shape), dtype=rows.dtype)])
-        self._write([part for page in rows.reshape(-1).view(np.uint8).reshape(pages, -1) for part in (page, checksum(page))])
+        self._write(
+            [part for page in rows.reshape(-1).view(np.uint8).reshape(pages, -1) for part in (page, checksum(page))]
+        )
         index = self._index[self._pages : self._pages + pages]
         index[:, 1] = self._page_bytes
         index[:, 0] = np.arange(self._pages, self._pages + pages) * self._page_bytes
@@ -182,4 +190,34 @@ def remove_partial(store: Path) -> None:
 
 def read_table(store: Path) -> SampleTable:
     group = zarr.open_group(store, path=TABLE_GROUP, mode="r")
-    return SampleTable(**{name: np.asarray(group[name][:]) for name in SampleTable.__dataclass_fields__})
+    columns = dict(group.arrays())
+    return SampleTable(**{name: np.asarray(columns[name][:]) for name in SampleTable.__dataclass_fields__})
+
+
+def blank_record(manifest: Manifest, tokens: int) -> Record:
+    """The record of a sample that the teacher never saw: zeros, assigned to nothing, of no weight."""
+    record = {
+        field.name: np.zeros(((tokens,) if field.per == "token" else ()) + field.row_shape, dtype=field.dtype)
+        for field in manifest.fields()
+    }
+    record["assignment"].fill(-1)
+    return record
+
+
+def write_skipped(store: Path, shard: int, skipped: Mapping[int, str]) -> None:
+    """Note which rows of a shard are blank, and why. Call it before the shard is committed."""
+    if skipped:
+        path = store / SKIPPED / f"{shard}.json"
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_name(f"{path.name}{TEMPORARY}-{os.getpid()}")
+        partial.write_text(json.dumps(skipped))
+        partial.rename(path)
+
+
+def read_skipped(store: Path) -> dict[int, str]:
+    """Rows without a teacher's answer, and why."""
+    return {
+        int(row): reason
+        for path in sorted((store / SKIPPED).glob("*.json"))
+        for row, reason in json.loads(path.read_text()).items()
+    }

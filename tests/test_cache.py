@@ -1,0 +1,264 @@
+"""The store: what is written is what any Zarr reader finds, what our reader gives, and as large as planned."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from common.augment import flip_policy
+from common.cache.codec import INT8_STEP_ERROR, decode_tokens, encode_tokens, measure_channels
+from common.cache.plan import Plan, field_bytes, make_plan, store_bytes
+from common.cache.reader import BatchBuffers, CacheReader, CorruptRecord, read_manifest
+from common.cache.schema import CodecInfo, DataInfo, Layout, Manifest, TeacherInfo, ViewInfo, differences
+from common.cache.writer import (
+    Record,
+    ShardWriter,
+    blank_record,
+    create_store,
+    finished_shards,
+    remove_partial,
+    shard_path,
+    write_skipped,
+)
+from common.errors import UserError
+from common.records import ImageEntry
+
+SIZES = [(64, 48), (200, 100), (90, 160), (128, 128), (33, 70)]
+
+
+def make_store_inputs(codec: CodecInfo, images: int = 40, views: int = 2) -> tuple[Manifest, Plan]:
+    entries = [
+        ImageEntry(7 * i + 3, f"{i}.jpg", *SIZES[i % len(SIZES)], np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
+        for i in range(images)
+    ]
+    policy = flip_policy(96)
+    draft = Manifest(
+        teacher=TeacherInfo("test", "", True, layers=2, queries=5, channels=16, strides=(8, 16)),
+        data=DataInfo("train2017", "abc", images, (1, 2, 90), ("a", "b", "c")),
+        views=ViewInfo(3, views, policy, "pixels"),
+        codec=codec,
+        layout=Layout(0, 1, 1, 1),
+        batch_size=2,
+        software={},
+    )
+    fields = draft.fields()
+    plan = make_plan(
+        entries,
+        seed=3,
+        views=views,
+        policy=policy,
+        strides=(8, 16),
+        keep_tokens=codec.keep_tokens,
+        token_bytes=sum(f.row_bytes for f in fields if f.per == "token"),
+        sample_bytes=sum(f.row_bytes for f in fields if f.per == "sample"),
+        group=2,
+    )
+    return replace(draft, layout=plan.layout), plan
+
+
+def make_record(manifest: Manifest, plan: Plan, row: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Random values of every field, decided by the row."""
+    generator = np.random.default_rng(row)
+    count = int(plan.table.token_count[row])
+    return {
+        f.name: (generator.standard_normal((*((count,) if f.per == "token" else ()), *f.row_shape)) * 40).astype(
+            f.dtype
+        )
+        for f in manifest.fields()
+    }
+
+
+def write_all(store: Path, manifest: Manifest, plan: Plan) -> list[Record]:
+    create_store(store, manifest, plan, {"query_embeddings": np.arange(160, dtype=np.float32).reshape(5, 32)})
+    records = [make_record(manifest, plan, row) for row in range(len(plan.table))]
+    for shard in range(manifest.layout.shards):
+        writer = ShardWriter(store, manifest, shard)
+        first = shard * manifest.layout.shard_samples
+        writer.add(records[first : first + manifest.layout.shard_samples])
+        writer.commit()
+    return records
+
+
+@pytest.fixture(params=[CodecInfo("fp16", 1.0), CodecInfo("int8", 0.5), CodecInfo("fp32", 0.3)], ids=str)
+def written(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Manifest, Plan, list[Record]]:
+    manifest, plan = make_store_inputs(request.param)
+    store = tmp_path / "store.zarr"
+    return store, manifest, plan, write_all(store, manifest, plan)
+
+
+Written = tuple[Path, Manifest, Plan, list[Record]]
+
+
+def test_plain_zarr_reads_every_row_that_was_written(written: Written) -> None:
+    """zarr-python, which knows nothing of us, against what was given to the writer: equal bytes, every field and row."""
+    store, manifest, plan, records = written
+    group = zarr.open_group(store, mode="r")
+    for field in manifest.fields():
+        array = group[field.name]
+        assert isinstance(array, zarr.Array)
+        for row, record in enumerate(records):
+            if field.per == "token":
+                start = int(group["samples/token_offset"][row])  # type: ignore[index, call-overload, arg-type]
+                found = array[start : start + int(plan.table.token_count[row])]
+            else:
+                found = array[row]
+            np.testing.assert_array_equal(found, record[field.name], err_msg=f"{field.name} of row {row}")
+            assert np.asarray(found).dtype == np.dtype(field.dtype)
+
+
+def test_reader_equals_what_was_written(written: Written) -> None:
+    """Our reader in shuffled batches, with reused buffers, against the arrays given to the writer: equal bytes."""
+    store, manifest, plan, records = written
+    reader, buffers = CacheReader(store), BatchBuffers()
+    assert reader.complete
+    assert reader.manifest == manifest
+    order = np.random.default_rng(0).permutation(len(records))
+    for rows in np.split(order, [3, 4, 20, 21, 60]):
+        batch = reader.read(rows, buffers)
+        for index, row in enumerate(rows):
+            span = slice(int(batch.token_offsets[index]), int(batch.token_offsets[index + 1]))
+            record = records[row]
+            np.testing.assert_array_equal(batch.tokens[span].numpy(), record["tokens"])
+            np.testing.assert_array_equal(batch.token_weights[span].numpy(), record["token_weights"])
+            count = plan.table.token_count[row]
+            positions = record.get("token_positions", np.arange(count))
+            np.testing.assert_array_equal(batch.token_positions[span].numpy(), positions)
+            np.testing.assert_array_equal(batch.level_shapes[index].numpy(), plan.table.level_shapes[row])
+            for name in ("queries", "logits", "boxes_cxcywh", "quality", "assignment"):
+                np.testing.assert_array_equal(getattr(batch, name)[index].numpy(), record[name], err_msg=name)
+    assert torch.equal(reader.constants["query_embeddings"], torch.arange(160.0).view(5, 32))
+    reader.close()
+
+
+def test_plan_is_exact(written: Written) -> None:
+    """The plan's bytes of every field against the sizes of the files on disk: equal."""
+    store, manifest, plan, _ = written
+    for field in manifest.fields():
+        on_disk = sum(path.stat().st_size for path in (store / field.name / "c").rglob("*") if path.is_file())
+        assert on_disk == field_bytes(manifest, plan.table, field), field.name
+    whole = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+    overhead = whole - store_bytes(manifest, plan.table)
+    assert 0 < overhead < 100 * len(plan.table) + 20_000
+
+
+def test_every_flipped_byte_is_noticed(written: Written) -> None:
+    """Flip one byte of a page, of a checksum and of the index in each field: reading all rows must fail each time."""
+    store, manifest, plan, _ = written
+    generator = np.random.default_rng(5)
+    for field in manifest.fields():
+        path = shard_path(store, field, 1)
+        original = path.read_bytes()
+        for position in (0, len(original) - 1, len(original) - 5, *generator.integers(0, len(original), 5)):
+            damaged = bytearray(original)
+            damaged[position] ^= 0x10
+            path.write_bytes(bytes(damaged))
+            reader = CacheReader(store)
+            with pytest.raises(CorruptRecord, match=rf"{field.name}.* image \d+, view \d"):
+                reader.read(reader.rows())
+            reader.close()
+        path.write_bytes(original[:-20])
+        with pytest.raises(CorruptRecord):
+            CacheReader(store).read(CacheReader(store).rows())
+        path.write_bytes(original)
+    CacheReader(store).read(range(len(plan.table)))
+
+
+def test_unfinished_store_gives_only_finished_shards(tmp_path: Path) -> None:
+    """A shard that lacks one field's file is not there; a failed or abandoned writer leaves no trace of it."""
+    manifest, plan = make_store_inputs(CodecInfo("fp16", 1.0))
+    store = tmp_path / "store.zarr"
+    write_all(store, manifest, plan)
+    shard_path(store, manifest.fields()[-1], 2).unlink()
+    reader = CacheReader(store)
+    first = 2 * manifest.layout.shard_samples
+    gone = set(range(first, first + manifest.layout.shard_samples))
+    assert not reader.complete
+    assert set(reader.rows().tolist()) == set(range(len(plan.table))) - gone
+
+    writer = ShardWriter(store, manifest, 2)
+    with pytest.raises(KeyError):
+        writer.add([{}])
+    ShardWriter(store, manifest, 2)  # a process killed here
+    remove_partial(store)
+    assert not list(store.rglob("*partial*"))
+    assert not finished_shards(store, manifest)[2]
+
+
+def test_skipped_rows_are_not_listed(tmp_path: Path) -> None:
+    manifest, plan = make_store_inputs(CodecInfo("fp16", 1.0))
+    store = tmp_path / "store.zarr"
+    write_all(store, manifest, plan)
+    write_skipped(store, 0, {1: "broken.jpg"})
+    rows = CacheReader(store).rows()
+    assert set(rows.tolist()) == set(range(len(plan.table))) - {1}
+    blank = blank_record(manifest, 7)
+    assert blank["tokens"].shape == (7, 16)
+    assert (blank["assignment"] == -1).all()
+    assert not blank["token_weights"].any()
+
+
+def test_plan_is_fair_and_tight() -> None:
+    """Views follow one another, each with every image once; groups are of nearly equal size; offsets never overlap."""
+    _, plan = make_store_inputs(CodecInfo("fp16", 1.0), images=101, views=3)
+    table, layout = plan.table, plan.layout
+    assert [table.view[0], table.view[101], table.view[202]] == [0, 1, 2]
+    for view in range(3):
+        assert sorted(table.image_id[table.view == view]) == [7 * i + 3 for i in range(101)]
+    areas = table.augmentation[:, 5].astype(int) * table.augmentation[:, 6]
+    grouped = areas[:100].reshape(50, 2)
+    assert np.mean(grouped.max(1) / grouped.min(1)) < 1.05
+    assert abs(np.corrcoef(np.arange(50), grouped.mean(1))[0, 1]) < 0.4  # a prefix is no sample of one size
+    ends = table.token_offset + -(-table.token_count // layout.page_tokens) * layout.page_tokens
+    shard = np.arange(len(table)) // layout.shard_samples
+    same = shard[1:] == shard[:-1]
+    np.testing.assert_array_equal(table.token_offset[1:][same], ends[:-1][same])
+    np.testing.assert_array_equal(table.token_offset[1:][~same], shard[1:][~same] * layout.shard_tokens)
+    assert (ends <= (shard + 1) * layout.shard_tokens).all()
+    assert not (table.token_offset % layout.page_tokens).any()
+
+
+def test_manifest_survives_json_and_names_differences() -> None:
+    manifest, _ = make_store_inputs(CodecInfo("int8", 0.5))
+    assert Manifest.from_json(json.loads(json.dumps(manifest.to_json())), "here") == manifest
+    other = replace(manifest, codec=CodecInfo("fp16", 0.5), batch_size=9)
+    assert differences(manifest, other) == ["codec.tokens: 'int8' against 'fp16'", "batch_size: 2 against 9"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"format_version": 99}, "format version 99"), ({"batch_size": "many"}, "damaged at batch_size")],
+)
+def test_foreign_manifests_are_refused_in_one_line(change: dict[str, Any], message: str) -> None:
+    manifest, _ = make_store_inputs(CodecInfo("fp16", 1.0))
+    with pytest.raises(UserError, match=message) as caught:
+        Manifest.from_json(manifest.to_json() | change, "store.zarr")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="found nothing"):
+        read_manifest(tmp_path / "no.zarr")
+    zarr.create_group(tmp_path / "other.zarr")
+    with pytest.raises(UserError, match="no DETRCache manifest"):
+        read_manifest(tmp_path / "other.zarr")
+
+
+def test_int8_error_is_within_its_bound() -> None:
+    """Decoded int8 against the tokens: at most INT8_STEP_ERROR of each value's own step, also with outliers."""
+    generator = np.random.default_rng(0)
+    tokens = (generator.standard_normal((500, 32)) * np.exp(generator.standard_normal(32)) + 3).astype(np.float32)
+    tokens[::50] *= 20
+    tokens[7] = 0
+    statistics = measure_channels(tokens)
+    stored = encode_tokens(tokens, "int8", statistics)
+    step = stored["token_scales"].astype(np.float32) * statistics.channel_scale
+    error = np.abs(decode_tokens(stored, statistics) - tokens)
+    assert (error <= INT8_STEP_ERROR * step * (1 + 1e-5) + 1e-6).all()
+    assert np.linalg.norm(error) / np.linalg.norm(tokens) < 0.01
