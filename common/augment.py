@@ -85,6 +85,25 @@ def fixed_policy(side: int) -> AugmentPolicy:
     return AugmentPolicy(name=f"fixed_{side}", flip_probability=0.0, short_sides=(side,), max_long_side=side)
 
 
+def policy_of_sizes(sizes: tuple[int, ...] | None) -> AugmentPolicy:
+    """The training policy of `--sizes`: TRAIN_POLICY without them; else mirrored half of the time, and no crops.
+
+    One size makes images fit into a square of it; of several, one is drawn for the short side.
+    """
+    if not sizes:
+        return TRAIN_POLICY
+    if len(sizes) == 1:
+        return flip_policy(sizes[0])
+    return AugmentPolicy(
+        name="flip_resize", flip_probability=0.5, short_sides=tuple(sizes), max_long_side=round(max(sizes) * 5 / 3)
+    )
+
+
+def evaluation_policy(training: AugmentPolicy) -> AugmentPolicy:
+    """How to see whole images after training with a policy: at its largest short side. EVAL_POLICY for TRAIN_POLICY."""
+    return AugmentPolicy("evaluation", 0.0, (max(training.short_sides),), training.max_long_side)
+
+
 def draw(seed: int, image_id: int, view: int, width: int, height: int, policy: AugmentPolicy) -> Augmentation:
     """One view of one image of width x height pixels: one row of `draw_many`."""
     image_ids, views, widths, heights = (np.array([value], dtype=np.int64) for value in (image_id, view, width, height))
