@@ -38,7 +38,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def parallel(function: Callable[[int, int], None], count: int) -> None:
-    """Call `function(start, stop)` on pieces of range(count), on `torch.get_num_threads()` threads, the caller's included.
+    """Call `function(start, stop)` on pieces of range(count), on `torch.get_num_threads()` threads, caller included.
 
     `function` must release the GIL to gain anything, and its pieces must write to disjoint memory.
     """
