@@ -146,6 +146,7 @@ def apply_image(image: Tensor, augmentation: Augmentation) -> Tensor:
     if a.crop_top + a.crop_height > image.shape[-2] or a.crop_left + a.crop_width > image.shape[-1]:
         raise ValueError(f"{augmentation} does not fit an image of {image.shape[-1]} x {image.shape[-2]} pixels")
     image = image[:, a.crop_top : a.crop_top + a.crop_height, a.crop_left : a.crop_left + a.crop_width]
+    # The decoder gives rows of RGB triples; the resampler's answer is the same for both layouts, planes are as fast.
     image = F.resize(image.contiguous(), [a.height, a.width], antialias=True)
     return image.flip(-1) if a.flip else image
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2 import functional as F
 
 from common.augment import apply_image
 from common.errors import UserError
@@ -71,22 +73,21 @@ def pixel_fingerprint() -> str:
 
 
 def _decode(data: bytes, name: str, expected_size: tuple[int, int] | None) -> Tensor:
+    # Pillow, as the official code: torchvision's decoders are on their way out (deprecated in 0.29).
     try:
-        image: Tensor = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0].rsplit(", ", 1)[-1]
-        raise UserError(f"expected a JPEG or PNG image at {name}: {reason}") from None
-    if image.ndim != 3:
-        raise UserError(f"expected one image at {name}, found an animation")
-    if image.dtype != torch.uint8:
-        image = F.to_dtype(image, torch.uint8, scale=True)
-    width, height = image.shape[2], image.shape[1]
+        with Image.open(io.BytesIO(data)) as file:
+            pixels = np.array(file.convert("RGB"))
+    except UnidentifiedImageError:
+        raise UserError(f"expected a JPEG or PNG image at {name}, found something else") from None
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        raise UserError(f"expected a whole JPEG or PNG image at {name}: {error}") from None
+    height, width, _ = pixels.shape
     if expected_size is not None and (width, height) != expected_size:
         raise UserError(
             f"expected {name} to have {expected_size[0]} x {expected_size[1]} pixels, as in the annotations, found "
             f"{width} x {height}: is it the file that was annotated?"
         )
-    return image
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 # A crop that shrinks, a crop that grows and is mirrored, and the whole image to an uneven size.
