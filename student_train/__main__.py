@@ -1,0 +1,57 @@
+"""python -m student_train [train] | evaluate: phase two on the command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from common.augment import evaluation_policy, policy_of_sizes
+from common.coco import check_images, load_annotations
+from common.detr.weights import load_detector
+from common.errors import run_command
+from common.evaluate import write_results
+from common.runtime import choose_device, log, start_logging
+from student_train import loop
+from student_train.config import EvaluateConfig, TrainConfig, parse
+from student_train.evaluate import average_precision, detect_split
+
+
+def train(arguments: list[str]) -> None:
+    """Train a student; the last line on stdout is its AP."""
+    metrics = loop.train(parse(TrainConfig, arguments, "python -m student_train"))
+    print(metrics)
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Evaluate a checkpoint; prints the AP and each class's."""
+    config = parse(EvaluateConfig, arguments, "python -m student_train evaluate")
+    start_logging()
+    device = choose_device(config.device)
+    annotations = load_annotations(config.data, config.split)
+    check_images(annotations)
+    detector, report = load_detector(config.checkpoint, category_ids=annotations.category_ids)
+    for line in report.lines():
+        log.info(line)
+    policy = evaluation_policy(policy_of_sizes(config.sizes))
+    results = detect_split(
+        detector.to(device), annotations, policy, batch_size=config.batch_size, workers=config.workers
+    )
+    if config.detections is not None:
+        write_results(config.detections, results)
+    metrics = average_precision(annotations, results)
+    for name, ap in metrics.class_ap.items():
+        log.info(f"{100 * ap:5.1f}  {name}")
+    print(metrics)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "evaluate": evaluate}
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    name = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
+    run_command(lambda: COMMANDS[name](arguments))
+
+
+if __name__ == "__main__":
+    main()

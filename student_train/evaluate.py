@@ -1,0 +1,78 @@
+"""A detector over a split, to COCO's average precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from common.ahead import map_ahead
+from common.augment import AugmentPolicy, draw
+from common.coco import Annotations
+from common.detr.detector import DeformableDetr
+from common.evaluate import CocoMetrics, Result, coco_ap, coco_results, detect, load_ground_truth
+from common.images import collate
+from common.records import Batch
+from common.runtime import Ranks
+from student_train.feed import Sample, batch_to, replay
+
+
+@torch.inference_mode()
+def detect_split(
+    detector: DeformableDetr,
+    annotations: Annotations,
+    policy: AugmentPolicy,
+    *,
+    batch_size: int,
+    workers: int,
+    ranks: Ranks | None = None,
+) -> list[Result]:
+    """Detections in every image of the split, in COCO's results format, in the original images' pixels.
+
+    detector: of the split's K classes. policy: how images are resized; those of similar size share a batch. Each rank
+    takes its share of the batches and gets the results of all. The detector is put back into the mode it came in.
+    """
+    ranks = ranks or Ranks()
+    device = next(detector.parameters()).device
+    samples = [
+        Sample(entry, draw(0, entry.image_id, 0, entry.width, entry.height, policy)) for entry in annotations.entries
+    ]
+    samples.sort(key=lambda sample: (sample.augmentation.height, sample.augmentation.width, sample.entry.image_id))
+    batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    own = batches[ranks.rank :: ranks.world_size]
+
+    def load(chosen: Sequence[Sample]) -> Batch:
+        return collate([replay(sample, annotations) for sample in chosen])
+
+    results: list[Result] = []
+    training = detector.training
+    detector.eval()
+    with ThreadPoolExecutor(workers, "evaluation") as pool:
+        loaded = map_ahead(pool, load, own, ahead=workers)
+        bar = tqdm(loaded, "evaluating", total=len(own), leave=False, disable=not ranks.is_first or None)
+        for chosen, batch in zip(own, bar, strict=True):
+            batch = batch_to(batch, device)
+            output = detector(batch.images, batch.padding_mask)
+            logits, boxes_cxcywh = output.logits[:, -1].cpu(), output.boxes_cxcywh[:, -1].cpu()
+            for index, sample in enumerate(chosen):
+                detections = detect(logits[index], boxes_cxcywh[index], sample.augmentation)
+                results += coco_results(sample.entry.image_id, detections, annotations.category_ids)
+    detector.train(training)
+    return _of_all_ranks(results, ranks)
+
+
+def average_precision(annotations: Annotations, results: list[Result]) -> CocoMetrics:
+    """COCO's twelve numbers of the detections in a split."""
+    return coco_ap(load_ground_truth(annotations.annotation_file), results)
+
+
+def _of_all_ranks(results: list[Result], ranks: Ranks) -> list[Result]:
+    if ranks.world_size == 1:
+        return results
+    shares: list[list[Result]] = [[] for _ in range(ranks.world_size)]
+    dist.all_gather_object(shares, results)
+    return list(chain.from_iterable(shares))

@@ -1,0 +1,64 @@
+"""What the student is trained to lower: the detection and distillation losses of one batch, weighted, by name."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from common.matching import PaddedTargets, detection_cost, pad_targets, queries_of_boxes
+from common.records import CachedBatch, Targets
+from common.runtime import mean_over_ranks
+from kernels import hungarian, hungarian_start
+from student_train import distill_loss as distill
+from student_train.config import DistillationOptions
+from student_train.model import StudentOutput
+from student_train.set_loss import proposal_losses, set_loss
+
+Losses = dict[str, Tensor]
+
+
+def losses_of(
+    student: StudentOutput, targets: list[Targets], cached: CachedBatch | None, options: DistillationOptions
+) -> Losses:
+    """The weighted losses, whose sum is minimised. A loss of weight 0 is neither computed nor listed.
+
+    cached: the teacher's records of the batch; None trains plainly. Matchings are solved on the host: they are started
+    as soon as their costs are known, and what needs none of them is computed before the first is waited for.
+    """
+    output, truth = student.output, pad_targets(targets)
+    box_count = mean_over_ranks(truth.valid.sum().float()).clamp(min=1)
+    cost = detection_cost(output.logits, output.boxes_cxcywh, truth)
+    matching = hungarian_start(cost, column_mask=truth.valid.unsqueeze(1))
+
+    losses: Losses = {}
+    if cached is not None:
+        cached = distill.at_student_layers(cached, output.logits.shape[1])
+        losses |= _distillation_losses(student, truth, cached, box_count, options)
+    losses |= _named("detection", set_loss(output.logits, output.boxes_cxcywh, truth, matching.result(), box_count))
+    if output.proposals is not None:
+        losses |= _named("proposals", proposal_losses(*output.proposals, output.token_mask, truth, box_count))
+    return losses
+
+
+def _distillation_losses(
+    student: StudentOutput, truth: PaddedTargets, cached: CachedBatch, box_count: Tensor, options: DistillationOptions
+) -> Losses:
+    output, boxes = student.output, truth.labels.shape[1]
+    losses: Losses = {}
+    if student.tokens is not None:
+        feature_loss = distill.feature_loss(student.tokens, output.level_shapes, cached)
+        losses["features"] = options.feature_weight * feature_loss
+    if student.teacher_group is not None:  # under the teacher's own assignment or, released, the student's
+        if options.mode == "paper":
+            matched = queries_of_boxes(cached.assignment, boxes)
+        else:
+            matched = hungarian(detection_cost(*student.teacher_group, truth), column_mask=truth.valid.unsqueeze(1))
+        assigned = set_loss(*student.teacher_group, truth, matched, box_count)
+        losses |= _named("assignment", assigned, options.assignment_weight)
+    if options.logits_weight:
+        soft = distill.logits_losses(output.logits, output.boxes_cxcywh, cached, boxes, options.mode)
+        losses |= _named("logits", soft, options.logits_weight)
+    return losses
+
+
+def _named(prefix: str, losses: Losses, weight: float = 1.0) -> Losses:
+    return {f"{prefix}/{name}": weight * loss for name, loss in losses.items()}

@@ -1,0 +1,109 @@
+"""The folder of a run: what it was started with, what it measured, what it saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from common.cache.schema import Manifest
+from common.errors import UserError
+from common.runtime import software_versions
+from student_train.checkpoint import write_json
+from student_train.config import TrainConfig
+
+# What a continued run may have otherwise than the one it continues.
+FREE_TO_CHANGE = ("output", "data.data", "data.cache", "data.workers", "data.prefetch")
+
+
+class RunFolder:
+    """runs/<name>/, made on the first rank; other ranks get the same paths and write nothing."""
+
+    def __init__(self, path: Path, writes: bool) -> None:
+        self.path = path
+        self._writes = writes
+        self.last = path / "last.pt"
+        self.last_weights = path / "last.safetensors"
+        self.best_weights = path / "best.safetensors"
+        self.metrics = path / "metrics.jsonl"
+        self.record = path / "run.json"
+
+    def start(self, config: TrainConfig, manifest: Manifest | None) -> None:
+        """Make the folder and record what decides the run. UserError if another run is there already."""
+        if not self._writes:
+            return
+        if config.output.resume:
+            self._check_same(config)
+        elif self.record.exists():
+            raise UserError(f"{self.path} holds a run already: choose another --name, or continue it with --resume")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.path} could not be made ({error.strerror}): name another folder with --out"
+            ) from None
+        write_json(
+            self.record,
+            {
+                "config": as_json(config),
+                "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "versions": software_versions(),
+                "git_revision": _git_revision(),
+                "store": None if manifest is None else manifest.to_json(),
+            },
+        )
+
+    def write_metrics(self, line: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl, at once: a run that is killed keeps its curve."""
+        if self._writes:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _check_same(self, config: TrainConfig) -> None:
+        try:
+            before = json.loads(self.record.read_text(encoding="utf-8"))["config"]
+        except (OSError, ValueError, KeyError):
+            raise UserError(f"expected a run to continue in {self.path}, found none: leave --resume out") from None
+        changed = [name for name in _differing(before, as_json(config)) if not name.startswith(FREE_TO_CHANGE)]
+        if changed:
+            raise UserError(f"{self.path} was started with another {', '.join(changed)}: a run continues as it began")
+
+
+def run_name(config: TrainConfig) -> str:
+    """The name that was chosen, or the student with date and time. UserError if --resume has nothing to go by."""
+    if config.output.name is not None:
+        return config.output.name
+    if config.output.resume:
+        raise UserError("--resume expects the run to continue as --name")
+    return f"{config.model.student}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def as_json(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as plain values: paths become strings, tuples lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))  # type: ignore[no-any-return]
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    names = []
+    for key in sorted(before.keys() | now.keys()):
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            names += _differing(one, other, f"{prefix}{key}.")
+        elif one != other:
+            names.append(prefix + key)
+    return names
+
+
+def _git_revision() -> str | None:
+    """Of the folder that this code stands in; None where it is installed without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
