@@ -71,7 +71,7 @@ class CacheReader:
         finished = finished_shards(self.path, self.manifest)
         self.finished_shards = finished
         self._readable = finished[np.arange(len(self.table)) // self.manifest.layout.shard_samples]
-        self._readable[list(read_skipped(self.path))] = False
+        self._readable[read_skipped(self.path)] = False
         self._verify = verify
         self._shards = _OpenShards(self.path, self.manifest)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="cache-reader")

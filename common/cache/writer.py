@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from common.cache.schema import ATTRIBUTE, MISSING, Field, Layout, Manifest
 TABLE_GROUP, CONSTANTS_GROUP = "samples", "teacher"
 TABLE_CHUNK_ROWS = 65536
 TEMPORARY = ".partial"
-SKIPPED = "skipped"  # folder of a store: one json file for each shard that has images which could not be decoded
+SKIPPED = "skipped"  # array of a store: 1 for each sample whose image could not be decoded
+CHECKSUMS = "crc32c"  # group attribute: checksum of the manifest and of every array's zarr.json
 
 Record = Mapping[str, npt.NDArray[Any]]
 
@@ -44,11 +45,35 @@ def create_store(path: Path, manifest: Manifest, plan: Plan, constants: Mapping[
     table = group.create_group(TABLE_GROUP)
     for name, column in vars(plan.table).items():
         chunks = (min(TABLE_CHUNK_ROWS, len(column)), *column.shape[1:])
-        table.create_array(name, data=column, chunks=chunks, compressors=None)
+        table.create_array(name, data=column, chunks=chunks, compressors=[Crc32cCodec()])
     teacher = group.create_group(CONSTANTS_GROUP)
     for name, constant in constants.items():
-        teacher.create_array(name, data=constant, chunks=constant.shape, compressors=None)
+        teacher.create_array(name, data=constant, chunks=constant.shape, compressors=[Crc32cCodec()])
+    shard_samples = (manifest.layout.shard_samples,)
+    group.create_array(
+        SKIPPED,
+        shape=(len(plan.table),),
+        chunks=shard_samples,
+        dtype="uint8",
+        compressors=[Crc32cCodec()],
+        fill_value=0,
+    )
+    group.attrs[CHECKSUMS] = metadata_checksums(building, manifest)
     building.rename(path)
+
+
+def metadata_checksums(store: Path, manifest: Manifest) -> dict[str, int]:
+    """crc32c of the manifest, as json without spaces and with sorted keys, and of the bytes of every other zarr.json.
+
+    Shards and the sample table carry their own checksums; these cover the rest of a store.
+    """
+    canonical = json.dumps(manifest.to_json(), sort_keys=True, separators=(",", ":")).encode()
+    files = sorted(
+        str(path.relative_to(store)) for pattern in ("*", "*/*") for path in store.glob(f"{pattern}/zarr.json")
+    )
+    return {ATTRIBUTE: google_crc32c.value(canonical)} | {
+        name: google_crc32c.value((store / name).read_bytes()) for name in files
+    }
 
 
 def _create_field(group: zarr.Group, field: Field, layout: Layout) -> None:
@@ -88,6 +113,7 @@ class ShardWriter:
         self._files = {
             field: _ShardFile(shard_path(store, field, shard), field, manifest.layout) for field in manifest.fields()
         }
+        self._store, self._shard, self._layout = store, shard, manifest.layout
         first = shard * manifest.layout.shard_samples
         self._missing = min(manifest.layout.samples - first, manifest.layout.shard_samples)
 
@@ -103,11 +129,12 @@ class ShardWriter:
             self.discard()
             raise
 
-    def commit(self) -> None:
-        """Bring all files to the disk, then to their places."""
+    def commit(self, skipped: Collection[int] = ()) -> None:
+        """Bring all files to the disk, then to their places. skipped: rows of the store whose records are blank."""
         try:
             if self._missing:
                 raise ValueError(f"{self._missing} records of the shard were not added")
+            self._note_skipped(skipped)
             for file in self._files.values():
                 file.finish()
             for file in self._files.values():
@@ -119,6 +146,19 @@ class ShardWriter:
     def discard(self) -> None:
         for file in self._files.values():
             file.discard()
+
+    def _note_skipped(self, rows: Collection[int]) -> None:
+        """Write this shard's chunk of the array `skipped`, or remove that of an earlier attempt."""
+        path = self._store / SKIPPED / "c" / str(self._shard)
+        if not rows:
+            path.unlink(missing_ok=True)
+            return
+        marks = np.zeros(self._layout.shard_samples, dtype=np.uint8)
+        marks[np.asarray(list(rows)) - self._shard * self._layout.shard_samples] = 1
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_name(f"{path.name}{TEMPORARY}-{os.getpid()}")
+        partial.write_bytes(marks.tobytes() + checksum(marks).tobytes())
+        partial.rename(path)
 
 
 class _ShardFile:
@@ -204,20 +244,10 @@ def blank_record(manifest: Manifest, tokens: int) -> Record:
     return record
 
 
-def write_skipped(store: Path, shard: int, skipped: Mapping[int, str]) -> None:
-    """Note which rows of a shard are blank, and why. Call it before the shard is committed."""
-    if skipped:
-        path = store / SKIPPED / f"{shard}.json"
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f"{path.name}{TEMPORARY}-{os.getpid()}")
-        partial.write_text(json.dumps(skipped))
-        partial.rename(path)
-
-
-def read_skipped(store: Path) -> dict[int, str]:
-    """Rows without a teacher's answer, and why."""
-    return {
-        int(row): reason
-        for path in sorted((store / SKIPPED).glob("*.json"))
-        for row, reason in json.loads(path.read_text()).items()
-    }
+def read_skipped(store: Path) -> npt.NDArray[np.intp]:
+    """Rows without a teacher's answer, because their images could not be decoded."""
+    array = zarr.open_array(store, path=SKIPPED, mode="r")
+    size = array.chunks[0]
+    shards = sorted(int(path.name) for path in (store / SKIPPED / "c").glob("*") if path.name.isdigit())
+    rows = [shard * size + np.flatnonzero(array[shard * size : (shard + 1) * size]) for shard in shards]
+    return np.concatenate(rows) if rows else np.empty(0, dtype=np.intp)
