@@ -49,6 +49,11 @@ def _vector(context: Any, builder: Any, array_type: Any, array: Any, offset: Any
     return builder.bitcast(builder.gep(data, [offset]), ir.VectorType(element, lanes).as_pointer())
 
 
+def _contiguous(*arrays: Any) -> bool | None:
+    """Whether numba may compile this: flat arrays of one dtype whose elements lie side by side."""
+    return all(array.ndim == 1 and array.layout == "C" and array.dtype == arrays[0].dtype for array in arrays) or None
+
+
 def _declare(builder: Any, function: Any, name: str) -> Any:
     return cgutils.get_or_insert_function(builder.module, function, name)  # type: ignore[no-untyped-call]
 
@@ -83,7 +88,7 @@ def _row_dot(typing_context, a, i, b, j, width):  # type: ignore[no-untyped-def]
             total = builder.call(reduce, [total, sum_], fastmath=("reassoc",))
         return total
 
-    return a.dtype(a, types.int64, b, types.int64, width), generate
+    return _contiguous(a, b) and (a.dtype(a, types.int64, b, types.int64, width), generate)
 
 
 @_instruction
@@ -108,7 +113,7 @@ def _row_add(typing_context, y, i, scale, x, j, width):  # type: ignore[no-untyp
             builder.store(sum_, target, align=4)
         return context.get_dummy_value()
 
-    return types.void(y, types.int64, y.dtype, x, types.int64, width), generate
+    return _contiguous(y, x) and (types.void(y, types.int64, y.dtype, x, types.int64, width), generate)
 
 
 # ---- kernels -------------------------------------------------------------------------------------------------------
@@ -319,7 +324,7 @@ def _real(value: Tensor) -> torch.dtype:
 
 
 def _flat(dtype: torch.dtype, *tensors: Tensor) -> list[npt.NDArray[np.floating[Any]]]:
-    return [tensor.detach().to(dtype).reshape(-1).numpy() for tensor in tensors]
+    return [tensor.detach().to(dtype).contiguous().view(-1).numpy() for tensor in tensors]
 
 
 @functools.lru_cache(maxsize=256)
