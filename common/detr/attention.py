@@ -43,8 +43,8 @@ class DeformableAttention(nn.Module):
         self.heads, self.levels, self.points = heads, levels, points
         self.sampling_offsets = nn.Linear(width, heads * levels * points * 2)
         self.attention_weights = nn.Linear(width, heads * levels * points)
-        self.value_projection = nn.Linear(width, width)
-        self.output_projection = nn.Linear(width, width)
+        self.value_proj = nn.Linear(width, width)
+        self.output_proj = nn.Linear(width, width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -59,21 +59,21 @@ class DeformableAttention(nn.Module):
             self.sampling_offsets.bias.copy_(bias.expand(-1, self.levels, -1, -1).flatten())
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
-        for projection in (self.value_projection, self.output_projection):
+        for projection in (self.value_proj, self.output_proj):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
     def forward(
         self, queries: Tensor, frame: SamplingFrame, tokens: Tensor, token_mask: Tensor, shapes: LevelShapes
     ) -> Tensor:
-        """queries (B, Q, C) with positions added, tokens (B, T, C), token_mask (B, T) True where padded -> (B, Q, C)."""
+        """queries (B, Q, C) with positions added, tokens (B, T, C), token_mask (B, T) True where padded; (B, Q, C)."""
         grid = (*queries.shape[:2], self.heads, self.levels, self.points)
-        value = self.value_projection(tokens).masked_fill(token_mask[..., None], 0.0)
+        value = self.value_proj(tokens).masked_fill(token_mask[..., None], 0.0)
         offsets = self.sampling_offsets(queries).view(*grid, 2)
         weights = self.attention_weights(queries).view(*grid[:3], -1).softmax(-1).view(grid)
         locations = frame.centre[:, :, None, :, None] + offsets * frame.unit[:, :, None, :, None]
         sampled = deformable_attention(value.unflatten(-1, (self.heads, -1)), shapes, locations, weights)
-        projected: Tensor = self.output_projection(sampled)
+        projected: Tensor = self.output_proj(sampled)
         return projected
 
 

@@ -38,20 +38,12 @@ class Decoded:
     proposals: tuple[Tensor, Tensor] | None = None
 
 
-class BoxHead(nn.Module):
-    """Three linear layers with ReLU between: a query -> four numbers, added to its reference before the sigmoid."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        last = nn.Linear(width, 4)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.layers = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width), last])
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, second, last = self.layers
-        out: Tensor = last(second(first(x).relu()).relu())
-        return out
+def box_head(width: int) -> nn.Sequential:
+    """Three linear layers: a query -> four numbers, zeros at first, added to its reference before the sigmoid."""
+    last = nn.Linear(width, 4)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), last)
 
 
 def class_head(width: int, classes: int) -> nn.Linear:
@@ -110,9 +102,9 @@ class Decoder(nn.Module):
         heads = config.decoder_layers if config.refine else 1
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.class_heads = nn.ModuleList(class_head(config.width, config.num_classes) for _ in range(heads))
-        self.box_heads = nn.ModuleList(BoxHead(config.width) for _ in range(heads))
+        self.box_heads = nn.ModuleList(box_head(config.width) for _ in range(heads))
         if not config.two_stage:  # points say nothing of sizes, so let the first boxes be small: sigmoid(-2) = 0.12
-            nn.init.constant_(self.box_heads[0].get_parameter("layers.2.bias")[2:], -2.0)
+            nn.init.constant_(self.box_heads[0].get_parameter("4.bias")[2:], -2.0)
 
     def forward(
         self,

@@ -21,15 +21,16 @@ class Neck(nn.Module):
 
     def __init__(self, channels: Sequence[int], levels: int, width: int) -> None:
         super().__init__()
-        self.projections = nn.ModuleList(_Projection(c, width, kernel=1) for c in channels)
-        inputs = [channels[-1], *[width] * levels]
-        self.extra = nn.ModuleList(_Projection(c, width, kernel=3) for c in inputs[: levels - len(channels)])
+        extra = [channels[-1], *[width] * levels][: levels - len(channels)]
+        self.levels = nn.ModuleList(
+            [_Projection(c, width, kernel=1) for c in channels] + [_Projection(c, width, kernel=3) for c in extra]
+        )
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        outputs = [projection(x) for projection, x in zip(self.projections, maps, strict=True)]
+        outputs = [level(x) for level, x in zip(self.levels, maps, strict=False)]
         x = maps[-1]
-        for projection in self.extra:
-            x = projection(x)
+        for level in self.levels[len(maps) :]:
+            x = level(x)
             outputs.append(x)
         return outputs
 

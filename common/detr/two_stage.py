@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from common.detr.config import DetectorConfig
-from common.detr.decoder import BoxHead, Queries, class_head
+from common.detr.decoder import Queries, box_head, class_head
 from common.detr.encoder import cell_centres
 from common.detr.positions import box_encoding
 from common.errors import UserError
@@ -22,7 +22,7 @@ class Proposer(nn.Module):
         self.memory_projection = nn.Linear(config.width, config.width)
         self.memory_norm = nn.LayerNorm(config.width)
         self.class_head = class_head(config.width, config.num_classes)
-        self.box_head = BoxHead(config.width)
+        self.box_head = box_head(config.width)
         self.query_projection = nn.Linear(2 * config.width, 2 * config.width)
         self.query_norm = nn.LayerNorm(2 * config.width)
         for linear in (self.memory_projection, self.query_projection):

@@ -1,0 +1,274 @@
+"""Detectors from checkpoint files, whoever wrote them, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from common.coco import output_columns
+from common.detr.backbone import NAMES, build_backbone
+from common.detr.checkpoint_files import FORMAT, Checkpoint, read_checkpoint
+from common.detr.config import DetectorConfig
+from common.detr.detector import DeformableDetr
+from common.detr.layouts import LAYOUTS, OWN, Layout, State, from_layout, gather_heads, to_layout
+from common.errors import UserError
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a checkpoint's tensors.
+
+    layout: whose names it uses. config: of the detector built. unused: names of tensors that found no place. notes:
+    what was decided on the way, one sentence each. (Tensors that are missing or have the wrong shape are an error.)
+    """
+
+    source: str
+    layout: str
+    config: DetectorConfig
+    unused: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """The report for people."""
+        c = self.config
+        variant = "two-stage" if c.two_stage else "with box refinement" if c.refine else "plain"
+        size = f"{c.backbone}, {c.num_classes} classes, {c.queries} queries, {c.decoder_layers} layers, {variant}"
+        lines = [f"{self.source}: Deformable DETR in the {self.layout} layout: {size}", *self.notes]
+        if self.unused:
+            lines.append(f"{len(self.unused)} tensors of the file are not used: {_some(self.unused)}")
+        return lines
+
+
+def load_detector(
+    path: str | Path, num_classes: int | None = None, category_ids: Sequence[int] | None = None
+) -> tuple[DeformableDetr, LoadReport]:
+    """A detector with the weights of a checkpoint of any known layout, on the CPU, in eval mode.
+
+    path: .pth or .pt (read with `weights_only=True`), .safetensors, or a folder as transformers writes it. num_classes:
+    how many classes it must tell apart. category_ids: the data's category id of each class; a checkpoint whose outputs
+    are category ids (the official one and transformers': 91 for COCO) then keeps these only, in this order.
+
+    The architecture is inferred from names and shapes, or read from the configuration in the file or beside it. Raises
+    UserError, one line, if the file cannot be read, is of another architecture, or has another number of classes.
+    """
+    checkpoint = read_checkpoint(Path(path))
+    layout, prefix = _layout_of(checkpoint)
+    inside = {k.removeprefix(prefix): v for k, v in checkpoint.state.items() if k.startswith(prefix)}
+    state, unused = from_layout(inside, layout)
+    unused += [name for name in checkpoint.state if not name.startswith(prefix)]
+    notes = [f"the weights under {prefix!r} are taken"] if prefix else []
+
+    if layout is OWN:
+        config = _own_config(checkpoint)
+    else:
+        state = _untie(state)
+        config = _infer_config(state, checkpoint)
+        state = gather_heads(state, config)
+    if category_ids is not None and config.num_classes != len(category_ids):
+        state = _select_classes(state, output_columns(category_ids, config.num_classes))
+        notes.append(f"{len(category_ids)} of its {config.num_classes} class outputs are kept, by category id")
+        config = dataclasses.replace(config, num_classes=len(category_ids))
+    if num_classes is not None and config.num_classes != num_classes:
+        raise UserError(
+            f"{path}: expected {num_classes} classes as in the data, found a checkpoint of {config.num_classes}; "
+            f"use one trained on the same categories"
+        )
+
+    model = DeformableDetr(config).eval()
+    unused += _fill(model, state, layout, str(path))
+    report = LoadReport(str(path), layout.name, config, tuple(n for n in unused if not _counts(n)), tuple(notes))
+    return model, report
+
+
+def save_detector(path: str | Path, model: DeformableDetr, metadata: Mapping[str, str] | None = None) -> None:
+    """Write weights and configuration to one safetensors file, which `load_detector` reads; `metadata` goes along."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    config = json.dumps(dataclasses.asdict(model.config))
+    save_file(state, path, metadata={**(metadata or {}), "format": FORMAT, "config": config})
+
+
+def export_state(model: DeformableDetr, layout: Layout) -> State:
+    """The model's weights under the names of another project (`layouts.OFFICIAL`, `TRANSFORMERS`, `MMDET3`, `MMDET2`).
+
+    Tensors are copies. MMDetection's files have no bias before the neck's group norms: where training has moved it
+    from zero, it is exported, and needs `bias=True` in that project's neck.
+    """
+    exported = to_layout(model.state_dict(), model.config, layout)
+    return {name: tensor.detach().cpu().clone() for name, tensor in exported.items()}
+
+
+def load_backbone(model: DeformableDetr, path: str | Path) -> list[str]:
+    """Fill the backbone with ImageNet weights from a file in torchvision's layout; returns the names left unused."""
+    checkpoint = read_checkpoint(Path(path))
+    body = model.backbone.body.state_dict()
+    given = {name.removeprefix("features."): tensor for name, tensor in checkpoint.state.items()}
+    wrong = [n for n in body if not _counts(n) and (n not in given or given[n].shape != body[n].shape)]
+    if wrong:
+        raise UserError(
+            f"{path}: expected torchvision's weights of {model.config.backbone}, found {len(wrong)} of {len(body)} "
+            f"tensors missing or of another shape ({_some(wrong)}); name the file of this backbone"
+        )
+    model.backbone.body.load_state_dict({name: given[name] for name in body if name in given}, strict=False)
+    return [name for name in given if name not in body and not _counts(name)]
+
+
+def _layout_of(checkpoint: Checkpoint) -> tuple[Layout, str]:
+    """The first layout whose markers are there, and the prefix (such as `student.` or `module.`) before them."""
+    for layout in LAYOUTS:
+        first, second = layout.markers
+        found = [name.removesuffix(first) for name in checkpoint.state if name.endswith(first)]
+        prefixes = [p for p in found if p + second in checkpoint.state and (not p or p.endswith("."))]
+        if prefixes:
+            return layout, min(prefixes, key=lambda p: (p != "", "student" not in p, len(p)))
+    names = _some(list(checkpoint.state))
+    raise UserError(
+        f"{checkpoint.path}: expected a Deformable DETR (official, MMDetection, transformers or this project's), found "
+        f"another architecture with tensors such as {names}; use a checkpoint of Deformable DETR"
+    )
+
+
+def _own_config(checkpoint: Checkpoint) -> DetectorConfig:
+    if checkpoint.config is None:
+        raise UserError(f"{checkpoint.path}: expected the detector's configuration in the file, found weights alone")
+    return DetectorConfig.from_dict(checkpoint.config)
+
+
+def _untie(state: State) -> State:
+    """transformers stores a head that all layers share once: give each layer its copy, as the other layouts do."""
+    untied = dict(state)
+    for kind in ("class", "box"):
+        first = {k: v for k, v in state.items() if k.startswith(f"decoder.{kind}_heads.0.")}
+        if not any(k.startswith(f"decoder.{kind}_heads.1.") for k in state):
+            for layer in range(1, _count(state, "decoder.layers.")):
+                untied |= {k.replace("heads.0.", f"heads.{layer}."): v for k, v in first.items()}
+    return untied
+
+
+def _infer_config(state: State, checkpoint: Checkpoint) -> DetectorConfig:
+    """The configuration that a foreign checkpoint's shapes imply; what they cannot tell is transformers' config.json's
+    to say, or else what all published checkpoints have: 8 heads, 300 proposals, single-scale features from C5."""
+    known = _transformers_config(checkpoint)
+    layers = _count(state, "decoder.layers.")
+    two_stage = "proposer.memory_projection.weight" in state
+    try:
+        levels, width = state["level_embedding"].shape
+        offsets = len(state["encoder.layers.0.attention.sampling_offsets.bias"])
+        num_classes = len(state["decoder.class_heads.0.bias"])
+        feedforward = len(state["encoder.layers.0.feedforward.linear1.bias"])
+        queries = known.get("queries", 300) if two_stage else len(state["query_embedding.weight"])
+    except KeyError as error:
+        raise UserError(f"{checkpoint.path}: expected a Deformable DETR, found none of its {error}") from None
+    heads = known.get("heads", 8)
+    return DetectorConfig(
+        backbone=_backbone_of(state, checkpoint.path),
+        num_classes=num_classes,
+        width=width,
+        encoder_layers=_count(state, "encoder.layers."),
+        decoder_layers=layers,
+        heads=heads,
+        queries=queries,
+        levels=levels,
+        points=max(1, offsets // (heads * levels * 2)),
+        feedforward=feedforward,
+        dropout=known.get("dropout", 0.1),
+        refine=known.get("refine", two_stage or not _heads_are_shared(state, layers)),
+        two_stage=two_stage,
+    )
+
+
+def _transformers_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a transformers config.json says that tensors do not. UserError for options this model does not have."""
+    config = checkpoint.config
+    if config is None or "model_type" not in config:
+        return {}
+    fixed = {"model_type": "deformable_detr", "dilation": False, "position_embedding_type": "sine"}
+    alike = [("encoder_attention_heads", "decoder_attention_heads"), ("encoder_n_points", "decoder_n_points")]
+    other = [f"{k}={config[k]}" for k, v in fixed.items() if config.get(k, v) != v]
+    other += [f"{a}={config.get(a)} with {b}={config.get(b)}" for a, b in alike if config.get(a) != config.get(b)]
+    if config.get("activation_function", "relu") != "relu":
+        other.append(f"activation_function={config['activation_function']}")
+    if other:
+        raise UserError(f"{checkpoint.path}: expected a Deformable DETR as published, found {', '.join(other)}")
+    names = {
+        "heads": "encoder_attention_heads",
+        "queries": "two_stage_num_proposals",
+        "dropout": "dropout",
+        "refine": "with_box_refine",
+    }
+    return {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
+
+
+def _heads_are_shared(state: State, layers: int) -> bool:
+    """Whether all layers hold the same heads: so do checkpoints without refinement, which share them."""
+    return all(
+        torch.equal(tensor, state.get(re.sub(r"heads\.\d+\.", f"heads.{layer}.", name), tensor[:0]))
+        for name, tensor in state.items()
+        if re.match(r"decoder\.(class|box)_heads\.0\.", name)
+        for layer in range(1, layers)
+    )
+
+
+def _backbone_of(state: State, path: Path) -> str:
+    """The backbone that has exactly these names and shapes."""
+    given = {k.removeprefix("backbone.body."): v.shape for k, v in state.items() if k.startswith("backbone.body.")}
+    given = {name: shape for name, shape in given.items() if not _counts(name)}
+    for backbone in NAMES:
+        with torch.device("meta"):
+            body = build_backbone(backbone).body.state_dict()
+        if given == {name: tensor.shape for name, tensor in body.items() if not _counts(name)}:
+            return backbone
+    raise UserError(
+        f"{path}: expected one of the backbones {', '.join(NAMES)}, found {len(given)} tensors such as "
+        f"{_some(list(given))} that are none of them"
+    )
+
+
+def _select_classes(state: State, columns: Sequence[int]) -> State:
+    """Keep these outputs of every class head. The proposals are ranked by their output 0, whatever class that is."""
+    selected = dict(state)
+    for name in state:
+        if re.match(r"decoder\.class_heads\.", name):
+            selected[name] = state[name][list(columns)]
+        elif name.startswith("proposer.class_head."):
+            selected[name] = state[name][[0, *columns[1:]]]
+    return selected
+
+
+def _fill(model: DeformableDetr, state: State, layout: Layout, path: str) -> list[str]:
+    """Load `state`; returns the names the model does not have. UserError, in the file's names, if some do not fit."""
+    own = model.state_dict()
+    missing = {name: tensor for name, tensor in own.items() if name not in state and not _counts(name)}
+    wrong = {name: tensor for name, tensor in own.items() if name in state and state[name].shape != tensor.shape}
+    for problem, tensors in (("missing", missing), ("of another shape", wrong)):
+        if tensors:
+            theirs = list(to_layout(tensors, model.config, layout))
+            raise UserError(
+                f"{path}: expected a Deformable DETR in the {layout.name} layout, found {len(theirs)} tensors "
+                f"{problem}: {_some(theirs)}; use a checkpoint of this architecture"
+            )
+    model.load_state_dict({name: state[name].float() for name in own if name in state}, strict=False)
+    return [name for name in state if name not in own]
+
+
+def _count(state: State, beginning: str) -> int:
+    """How many indices follow `beginning`: one more than the largest."""
+    found = [re.match(re.escape(beginning) + r"(\d+)\.", name) for name in state]
+    return max((int(match.group(1)) + 1 for match in found if match), default=0)
+
+
+def _counts(name: str) -> bool:
+    """Batch norm's step counters, which nothing here depends on."""
+    return name.endswith("num_batches_tracked")
+
+
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
