@@ -279,8 +279,8 @@ def description(config: TrainConfig, data: Data, training: Training, steps_per_e
         source = f"{how} of {data.reader.path} (teacher {data.reader.manifest.teacher.name})"
     return (
         f"training {config.model.student} ({parameters / 1e6:.1f} M parameters) {source}:"
-        f" {len(data.train.entries)} images, {total_steps} steps of {config.optimisation.batch_size} images, {steps_per_epoch} an epoch, on"
-        f" {next(detector.parameters()).device}"
+        f" {len(data.train.entries)} images, {total_steps} steps of {config.optimisation.batch_size} images,"
+        f" {steps_per_epoch} an epoch, on {next(detector.parameters()).device}"
     )
 
 
