@@ -120,7 +120,7 @@ def _row_add(typing_context, y, i, scale, x, j, width):  # type: ignore[no-untyp
 # All arrays are flat.
 
 
-@inlined
+@inlined("contract")
 def _corners(xy, table, stride, count, row, side):  # type: ignore[no-untyped-def]
     """Where the sampling points of one query, head and group of levels lie.
 
@@ -164,7 +164,7 @@ def _corners(xy, table, stride, count, row, side):  # type: ignore[no-untyped-de
         row[3 * count + s] = np.int32(y1 + x1) * stride
 
 
-@inlined
+@inlined("contract")
 def _slopes(weights, dots, side, table, count, grad_weights, grad_xy):  # type: ignore[no-untyped-def]
     """Gradients of weights and locations from each corner's `dots` (4, count) with the output's gradient."""
     real = side.dtype.type
@@ -190,7 +190,7 @@ def _compiled(width: int, count: int) -> tuple[Callable[..., None], Callable[...
     token of each point's level, `count` of each, for one group of levels after another.
     """
 
-    @jit
+    @jit("contract")
     def forward(start, stop, blocks, tokens, heads, queries, value, table, locations, weights, out):  # type: ignore[no-untyped-def]
         """Units start..stop of (sample, head, block of queries)."""
         row, side = np.empty(4 * count, np.int32), np.empty(8 * count, value.dtype)
@@ -212,7 +212,7 @@ def _compiled(width: int, count: int) -> tuple[Callable[..., None], Callable[...
                     _row_add(out, at * width, bottom * left, value, origin + row[2 * count + s], width)
                     _row_add(out, at * width, bottom * right, value, origin + row[3 * count + s], width)
 
-    @jit
+    @jit("contract")
     def backward(  # type: ignore[no-untyped-def]
         start,
         stop,

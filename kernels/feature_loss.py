@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from kernels.backends import choose
 from kernels.feature_loss_reference import cached_feature_loss_reference
 
 
@@ -33,12 +38,97 @@ def cached_feature_loss(
     float16 or float32, one for each group of C/G neighbouring channels. channel_scale, channel_shift: (C,). What is
     None is left out. Returns a float32 scalar (float64 for a float64 student).
 
+    The gradient of student is the only tensor of its size that is allocated, unless backend is "reference". The "cpu"
+    and "triton" versions add in a fixed order.
+
     Raises ValueError for shapes and dtypes that do not fit.
     """
     _check(student, tokens, positions, weights, offsets, scales, channel_scale, channel_shift)
     samples = torch.searchsorted(offsets[1:], torch.arange(len(positions), device=offsets.device), right=True)
-    rows = samples * student.shape[1] + positions
-    return cached_feature_loss_reference(student, tokens, rows, weights, scales, channel_scale, channel_shift)
+    rows = samples * student.shape[1] + positions  # of the flattened (B*T, C) student
+    chosen = choose("cached feature loss", backend, student.device)
+    if chosen == "reference":
+        return cached_feature_loss_reference(student, tokens, rows, weights, scales, channel_scale, channel_shift)
+    loss: Tensor = _forward(student, tokens, rows, weights, scales, channel_scale, channel_shift, chosen)
+    return loss
+
+
+def _module(backend: str) -> ModuleType:
+    return importlib.import_module(f"kernels.feature_loss_{backend}")  # at first use: numba and triton load slowly
+
+
+@torch.library.custom_op("detrcache::cached_feature_loss", mutates_args=())
+def _forward(
+    student: Tensor,
+    tokens: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    scales: Tensor | None,
+    channel_scale: Tensor | None,
+    channel_shift: Tensor | None,
+    backend: str,
+) -> Tensor:
+    loss: Tensor = _module(backend).forward(student, tokens, rows, weights, scales, channel_scale, channel_shift)
+    return loss
+
+
+@_forward.register_fake
+def _(
+    student: Tensor,
+    tokens: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    scales: Tensor | None,
+    channel_scale: Tensor | None,
+    channel_shift: Tensor | None,
+    backend: str,
+) -> Tensor:
+    return student.new_empty((), dtype=torch.promote_types(student.dtype, torch.float32))
+
+
+@torch.library.custom_op("detrcache::cached_feature_loss_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    student: Tensor,
+    tokens: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    scales: Tensor | None,
+    channel_scale: Tensor | None,
+    channel_shift: Tensor | None,
+    backend: str,
+) -> Tensor:
+    grad_student: Tensor = _module(backend).backward(
+        grad, student, tokens, rows, weights, scales, channel_scale, channel_shift
+    )
+    return grad_student
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    student: Tensor,
+    tokens: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    scales: Tensor | None,
+    channel_scale: Tensor | None,
+    channel_shift: Tensor | None,
+    backend: str,
+) -> Tensor:
+    return student.new_empty(student.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _backward(grad, *ctx.saved_tensors, ctx.backend), *[None] * 7
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _check(

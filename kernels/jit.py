@@ -1,4 +1,4 @@
-"""numba with this project's settings: no GIL, products and sums fused, compiled once per machine."""
+"""numba with this project's settings: without the GIL, compiled once per machine, only the liberties that are named."""
 
 from __future__ import annotations
 
@@ -8,16 +8,27 @@ from typing import Any
 import numba
 
 
-def jit(function: Callable[..., None]) -> Any:
-    """`numba.njit` whose machine code is kept: beside the source, or in the user's cache directory where that cannot be
-    written (NUMBA_CACHE_DIR names another place). Where nothing can be written, each process compiles anew.
+def jit(*liberties: str) -> Callable[[Callable[..., None]], Any]:
+    """`numba.njit`, with LLVM's fast-math flags `liberties` ("contract": products and sums fused; "reassoc": sums
+    reordered, which vectorises them; the code that comes out still adds in one fixed order).
+
+    The machine code is kept beside the source, or in the user's cache directory where that cannot be written
+    (NUMBA_CACHE_DIR names another place). Where nothing can be written, each process compiles anew.
     """
-    try:
-        return numba.njit(nogil=True, error_model="numpy", fastmath={"contract"}, cache=True)(function)
-    except RuntimeError:  # numba found no directory to write to
-        return numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})(function)
+
+    def decorate(function: Callable[..., None]) -> Any:
+        try:
+            return numba.njit(nogil=True, error_model="numpy", fastmath=set(liberties), cache=True)(function)
+        except RuntimeError:  # numba found no directory to write to
+            return numba.njit(nogil=True, error_model="numpy", fastmath=set(liberties))(function)
+
+    return decorate
 
 
-def inlined(function: Callable[..., None]) -> Any:
+def inlined(*liberties: str) -> Callable[[Callable[..., Any]], Any]:
     """A part of a `jit` function, compiled into it, so that the caller's constants are constants in it too."""
-    return numba.njit(error_model="numpy", fastmath={"contract"}, forceinline=True)(function)
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        return numba.njit(error_model="numpy", fastmath=set(liberties), forceinline=True)(function)
+
+    return decorate
