@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from common.errors import UserError
 from common.philox import choose, happens, philox_words
@@ -27,6 +27,8 @@ Integers = npt.NDArray[np.int64]
 
 # The generator's second key: to be raised when the meaning of its words changes, so that old draws never half recur.
 _DRAW_VERSION = 1
+
+_RESAMPLING = Image.Resampling.BILINEAR  # Pillow's filters widen when they shrink: that is the antialiasing
 
 
 @dataclass(frozen=True)
@@ -143,12 +145,15 @@ def apply_image(image: Tensor, augmentation: Augmentation) -> Tensor:
     Raises ValueError where the crop leaves the image: it was drawn for an image of another size.
     """
     a = augmentation
-    if a.crop_top + a.crop_height > image.shape[-2] or a.crop_left + a.crop_width > image.shape[-1]:
+    right, bottom = a.crop_left + a.crop_width, a.crop_top + a.crop_height
+    if bottom > image.shape[-2] or right > image.shape[-1]:
         raise ValueError(f"{augmentation} does not fit an image of {image.shape[-1]} x {image.shape[-2]} pixels")
-    image = image[:, a.crop_top : a.crop_top + a.crop_height, a.crop_left : a.crop_left + a.crop_width]
-    # The decoder gives rows of RGB triples; the resampler's answer is the same for both layouts, planes are as fast.
-    image = F.resize(image.contiguous(), [a.height, a.width], antialias=True)
-    return image.flip(-1) if a.flip else image
+    cropped = image[:, a.crop_top : bottom, a.crop_left : right].permute(1, 2, 0).contiguous()
+    # Pillow resamples in integers, the same on every processor. torchvision's uint8 path needs AVX2 and differs without
+    # it in one value of six: a cache dumped on x86 could not be replayed on ARM.
+    resized = np.array(Image.fromarray(cropped.numpy()).resize((a.width, a.height), _RESAMPLING))
+    pixels = torch.from_numpy(resized).permute(2, 0, 1)
+    return pixels.flip(-1) if a.flip else pixels.contiguous()
 
 
 def apply_boxes(entry: ImageEntry, augmentation: Augmentation) -> Targets:

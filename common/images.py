@@ -60,8 +60,8 @@ def collate(samples: Sequence[tuple[Tensor, Targets]]) -> Batch:
 def pixel_fingerprint() -> str:
     """sha256 of a small built-in JPEG through decoder, crop, resize, mirror and normalisation, in hexadecimal.
 
-    Two installations with the same fingerprint replay the same pixels; where it differs, a decoder or resampler does,
-    and a cache must not be trained from pixels that its teacher did not see.
+    Two installations with the same fingerprint replay the same pixels. Where it differs, their decoders or resamplers
+    do, and a student would be given pixels that the teacher did not see.
     """
     image = _decode(base64.b64decode(_FINGERPRINT_JPEG), "the built-in image", (56, 40))
     digest = hashlib.sha256()

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import functional
 
 from common import augment, images
 from common.errors import UserError
@@ -91,7 +96,6 @@ def test_missing_files_and_other_sizes_are_named(tmp_path: Path) -> None:
 def test_normalisation_equals_torchvisions() -> None:
     """All 256 values of each channel, against v2.functional in float64, 1e-6."""
     image = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
-    functional = torchvision.transforms.v2.functional
     expected = functional.normalize(image.double() / 255, list(IMAGENET_MEAN), list(IMAGENET_STD))
     assert normalise(image).dtype == torch.float32
     torch.testing.assert_close(normalise(image).double(), expected, rtol=0, atol=1e-6)
@@ -123,17 +127,17 @@ def test_the_fingerprint_is_of_the_picture_its_comment_describes() -> None:
     assert np.abs(decoded.astype(float) - formula).mean() < 10
 
 
-def test_the_fingerprint_notices_another_resampler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Repeatable; different once the resize is not antialiased any more, or one pixel of the decoded image differs."""
+def test_the_fingerprint_notices_another_resampler_or_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repeatable; different with another filter, or once a single value of the decoded image differs by 3."""
     fingerprint = pixel_fingerprint()
     assert pixel_fingerprint() == fingerprint
     assert len(fingerprint) == 64
-    resize, decode = augment.F.resize, images._decode
+    decode = images._decode
     with monkeypatch.context() as patch:
-        patch.setattr(augment.F, "resize", lambda image, size, antialias: resize(image, size, antialias=False))
+        patch.setattr(augment, "_RESAMPLING", Image.Resampling.HAMMING)
         assert pixel_fingerprint() != fingerprint
 
-    def decode_otherwise(*arguments: object) -> Tensor:
+    def decode_otherwise(*arguments: Any) -> Tensor:
         image = decode(*arguments).clone()
         image[0, 20, 20] += 3
         return image
@@ -142,3 +146,17 @@ def test_the_fingerprint_notices_another_resampler(monkeypatch: pytest.MonkeyPat
         patch.setattr(images, "_decode", decode_otherwise)
         assert pixel_fingerprint() != fingerprint
     assert pixel_fingerprint() == fingerprint
+
+
+def test_the_fingerprint_does_not_depend_on_the_processor() -> None:
+    """A fresh process with torch held to its plainest kernels, as on a processor without AVX2; exactly equal."""
+    program = "from common.images import pixel_fingerprint; print(pixel_fingerprint())"
+    process = subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[1],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "default"},
+    )
+    assert process.stdout.strip() == pixel_fingerprint()
