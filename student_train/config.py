@@ -8,13 +8,14 @@ from typing import Annotated, Literal, TypeVar
 
 import tyro
 
+from common.errors import UserError
 from student_train.students import StudentName
 
-OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
-OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
-OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
-OptionalInts = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...")]
-OptionalName = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+OptionalInts = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...", help_behavior_hint="")]
+OptionalName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 Config = TypeVar("Config")
 
 
@@ -93,7 +94,7 @@ class OptimisationOptions:
     weight_decay: float = 1e-4
     """Weight decay of AdamW."""
     clip: float = 0.1
-    """Largest norm of the gradient; longer ones are scaled down to it."""
+    """Largest norm of the gradient; longer ones are scaled down to it. 0 leaves them as they are."""
     schedule: Literal["step", "cosine"] = "step"
     """step: a tenth of the learning rate from epoch --lr-drop on. cosine: down to 0 at the end."""
     lr_drop: int = 40
@@ -120,13 +121,32 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a student, from a teacher's cache or plainly."""
+    """Train a student, from a teacher's cache or plainly. (`python -m student_train evaluate --help`: its AP.)"""
 
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     distillation: DistillationOptions = field(default_factory=DistillationOptions)
     optimisation: OptimisationOptions = field(default_factory=OptimisationOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
+
+    def __post_init__(self) -> None:
+        data, distillation, optimisation = self.data, self.distillation, self.optimisation
+        for value, flag, least in (
+            (data.workers, "--workers", 1),
+            (data.prefetch, "--prefetch", 1),
+            (optimisation.epochs, "--epochs", 1),
+            (1 if optimisation.max_steps is None else optimisation.max_steps, "--max-steps", 1),
+            (optimisation.batch_size, "--batch-size", 1),
+            (optimisation.warmup_steps, "--warmup-steps", 0),
+            (optimisation.lr, "--lr", 0),
+            (optimisation.clip, "--clip", 0),
+            (distillation.logits_weight, "--logits-weight", 0),
+            (distillation.feature_weight, "--feature-weight", 0),
+            (distillation.assignment_weight, "--assignment-weight", 0),
+            (self.output.eval_every, "--eval-every", 0),
+        ):
+            if not value >= least:
+                raise UserError(f"expected {flag} of {least} or more, found {value}")
 
 
 @dataclass(frozen=True)

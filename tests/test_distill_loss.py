@@ -179,9 +179,7 @@ def test_feature_loss_is_the_weighted_mean_over_the_samples_own_tokens() -> None
             expected += error / (token_count(grid) * CHANNELS * len(shapes))
             start += height * width
     tokens = torch.cat([level.flatten(1, 2) for level in levels], dim=1)
-    torch.testing.assert_close(
-        feature_loss(tokens, batch_shapes, cached).double(), expected, atol=0, rtol=1e-6
-    )
+    torch.testing.assert_close(feature_loss(tokens, batch_shapes, cached).double(), expected, atol=0, rtol=1e-6)
 
 
 def test_kept_tokens_estimate_the_loss_over_all() -> None:
