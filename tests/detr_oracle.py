@@ -65,30 +65,29 @@ def padded_batch(seed: int = 1) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def run(model: nn.Module, images: Tensor, padding_mask: Tensor) -> dict[str, Tensor]:
     """What the oracle computes, by the names of `DetectorOutput`: memory, queries, logits and boxes of every layer."""
-    inner = model.model(images, pixel_mask=(~padding_mask).long())
-    final = model(images, pixel_mask=(~padding_mask).long())
-    queries = inner.intermediate_hidden_states
+    output = model(images, pixel_mask=(~padding_mask).long())
+    queries = output.intermediate_hidden_states
     layers = range(queries.shape[1])
     logits = torch.stack([model.class_embed[layer](queries[:, layer]) for layer in layers], 1)
     boxes = []
     for layer in layers:
-        reference = inner.init_reference_points
+        reference = output.init_reference_points
         if model.config.with_box_refine and layer:
-            reference = inner.intermediate_reference_points[:, layer - 1]
+            reference = output.intermediate_reference_points[:, layer - 1]
         box = model.bbox_embed[layer](queries[:, layer])
         box[..., : reference.shape[-1]] += torch.logit(reference, eps=1e-5)
         boxes.append(box.sigmoid())
     outputs = {
-        "memory": inner.encoder_last_hidden_state,
+        "memory": output.encoder_last_hidden_state,
         "queries": queries,
         "logits": logits,
         "boxes_cxcywh": torch.stack(boxes, 1),
-        "last_logits": final.logits,
-        "last_boxes_cxcywh": final.pred_boxes,
+        "last_logits": output.logits,
+        "last_boxes_cxcywh": output.pred_boxes,
     }
     if model.config.two_stage:
         outputs |= {
-            "proposal_logits": inner.enc_outputs_class,
-            "proposal_boxes_cxcywh": inner.enc_outputs_coord_logits.sigmoid(),
+            "proposal_logits": output.enc_outputs_class,
+            "proposal_boxes_cxcywh": output.enc_outputs_coord_logits.sigmoid(),
         }
     return outputs

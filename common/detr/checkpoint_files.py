@@ -53,11 +53,9 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | None]
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         content = _read_torch(path)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: expected a checkpoint, found a file that cannot be read ({reason[:120]})") from None
-    except OSError as error:
-        raise UserError(f"{path}: expected a readable file, found: {error.strerror}") from None
     config = content.get("config") if isinstance(content, Mapping) else None
     return _tensors(content, path), config if isinstance(config, Mapping) else None
 
