@@ -134,13 +134,14 @@ def _read_json(annotation_file: Path) -> tuple[Any, str]:
     try:
         text = data.decode()
         del data  # half a gigabyte in COCO's case, as is the text
-        return json.loads(text, object_hook=_without_segmentation), sha256
+        return json.loads(text, object_hook=without_segmentation), sha256
     except ValueError as error:  # broken json, or bytes that are no text
         raise UserError(f"expected json, found: {error}; is the file complete?") from None
 
 
-def _without_segmentation(node: dict[str, Any]) -> dict[str, Any]:
-    # Called as soon as one object is parsed: polygons are nine tenths of COCO's json and never pile up in memory.
+def without_segmentation(node: dict[str, Any]) -> dict[str, Any]:
+    """For `json.loads(object_hook=...)`: polygons are dropped as soon as they are parsed."""
+    # Polygons are nine tenths of COCO's json and never pile up in memory.
     node.pop("segmentation", None)
     return node
 

@@ -17,6 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from common.boxes import cxcywh_to_xyxy
+from common.coco import without_segmentation
 from common.errors import UserError
 from common.records import Augmentation
 
@@ -105,12 +106,12 @@ def load_ground_truth(annotation_file: Path) -> COCO:
     Custom data sets lack what COCO's own always has: areas and crowd flags are filled in, and annotations are numbered
     from 1, because pycocotools takes a match with annotation 0 for no match.
     """
-    dataset = json.loads(annotation_file.read_bytes())
+    dataset = json.loads(annotation_file.read_bytes(), object_hook=without_segmentation)
     for number, annotation in enumerate(dataset["annotations"], start=1):
         annotation["id"] = number
         annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
         annotation.setdefault("iscrowd", 0)
-    return _index(dataset)
+    return coco_index(dataset)
 
 
 def coco_ap(
@@ -131,7 +132,7 @@ def coco_ap(
         )
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(
-            truth, truth.loadRes(found) if found else _index({**truth.dataset, "annotations": []}), "bbox"
+            truth, truth.loadRes(found) if found else coco_index({**truth.dataset, "annotations": []}), "bbox"
         )
         if image_ids is not None:
             evaluation.params.imgIds = sorted(image_ids)
@@ -152,7 +153,8 @@ def write_results(path: Path, results: Iterable[Result]) -> None:
         raise UserError(f"expected to write detections to {path}: {error.strerror}") from None
 
 
-def _index(dataset: dict[str, Any]) -> COCO:
+def coco_index(dataset: dict[str, Any]) -> COCO:
+    """pycocotools' index of a parsed json whose annotations all have an id, an area and a crowd flag."""
     index = COCO()
     index.dataset = dataset
     with contextlib.redirect_stdout(io.StringIO()):

@@ -10,20 +10,20 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from common.detr.presets import PRESETS
-from common.detr.weights import load_detector
 from torch import Tensor
 
 from common.cache.schema import TeacherInfo
-from common.coco import output_columns
+from common.coco import Annotations, output_columns
 from common.detr.detector import DeformableDetr
+from common.detr.presets import PRESETS
+from common.detr.weights import load_detector
 from common.errors import UserError
 from common.geometry import level_shapes, token_positions_in_batch
 from common.images import collate, normalise
 from common.records import LevelShapes, Targets
 from common.runtime import log
 
-RANDOM = "random:"
+RANDOM, TRANSFORMERS = "random:", "hf:"
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,25 @@ class Teacher:
     grid: Callable[[int, int], LevelShapes]
 
 
-def load_teacher(name: str, category_ids: Sequence[int], device: torch.device, seed: int = 0) -> Teacher:
-    """The teacher called `name` on the command line: a checkpoint file, or `random:` and a preset.
+def load_teacher(
+    name: str,
+    annotations: Annotations,
+    device: torch.device,
+    size: tuple[int, int] | None = None,
+    seed: int = 0,
+) -> Teacher:
+    """The teacher called `name` on the command line: a checkpoint file, `hf:` and a model, or `random:` and a preset.
 
-    UserError if there is no such file, or its architecture or classes do not fit.
+    size: (height, width) that an `hf:` teacher resizes samples to. UserError if there is no such file, or its
+    architecture or classes do not fit.
     """
+    if name.startswith(TRANSFORMERS):
+        from teacher_dump.transformers_teacher import load_transformers_teacher  # it builds on this module
+
+        return load_transformers_teacher(name, annotations, device, size)
+    if size is not None:
+        raise UserError(f"--teacher-size is for teachers named {TRANSFORMERS}..., found {name}; leave it out")
+    category_ids = annotations.category_ids
     if name.startswith(RANDOM):
         model, weights_sha256, trained = _random_detector(name, len(category_ids), seed), "", False
         log.warning(f"{name} is an UNTRAINED teacher: good for a trial of the pipeline, worthless to learn from")
