@@ -56,7 +56,7 @@ class WriteBehind:
     def __enter__(self) -> WriteBehind:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._pool.shutdown()
-        while self._pending:
+        while self._pending and error is None:  # else calls that failed in the wake of `error` would hide it
             self._pending.popleft().result()

@@ -3,30 +3,78 @@
 from __future__ import annotations
 
 import sys
-
-import tyro
+from collections.abc import Callable
+from functools import partial
 
 from common.errors import run_command
-from common.runtime import log, start_logging
-from teacher_dump.config import DumpConfig
+from common.runtime import log, read_ranks, start_logging
+from teacher_dump import config
+from teacher_dump.config import parse
 from teacher_dump.dump import run_dump
+from teacher_dump.inspect import run_inspect
+from teacher_dump.plan_report import run_plan
+from teacher_dump.repair import run_repair
+from teacher_dump.transcode import run_prune, run_transcode
+from teacher_dump.verify import run_verify
+
+PROGRAM = "python -m teacher_dump"
 
 
-def dump(arguments: list[str]) -> None:
-    config = tyro.cli(DumpConfig, args=arguments, prog="python -m teacher_dump", config=(tyro.conf.OmitArgPrefixes,))
-    summary = run_dump(config)
+def dump(arguments: list[str], prog: str) -> None:
+    options = parse(config.DumpConfig, arguments, prog)
+    summary = run_dump(options)
     rate = summary.samples / max(summary.duration_s, 1e-9)
     log.info(
-        f"{config.store.out}: wrote {summary.samples} samples, {summary.written_bytes / 1e9:.3g} GB in"
+        f"{options.store.out}: wrote {summary.samples} samples, {summary.written_bytes / 1e9:.3g} GB in"
         f" {summary.duration_s:.0f} s ({rate:.2f} samples/s)"
     )
     for reason in summary.broken:
         log.warning(f"left out: {reason}")
 
 
+def plan(arguments: list[str], prog: str) -> None:
+    print(run_plan(parse(config.PlanConfig, arguments, prog)))
+
+
+def verify(arguments: list[str], prog: str) -> None:
+    if not run_verify(parse(config.VerifyConfig, arguments, prog)):
+        sys.exit(1)
+
+
+def repair(arguments: list[str], prog: str) -> None:
+    run_repair(parse(config.RepairConfig, arguments, prog))
+
+
+def inspect(arguments: list[str], prog: str) -> None:
+    print(run_inspect(parse(config.InspectConfig, arguments, prog)))
+
+
+def transcode(arguments: list[str], prog: str) -> None:
+    run_transcode(parse(config.TranscodeConfig, arguments, prog))
+
+
+def prune(arguments: list[str], prog: str) -> None:
+    run_prune(parse(config.PruneConfig, arguments, prog))
+
+
+COMMANDS: dict[str, Callable[[list[str], str], None]] = {
+    "dump": dump,
+    "plan": plan,
+    "verify": verify,
+    "repair": repair,
+    "inspect": inspect,
+    "transcode": transcode,
+    "prune": prune,
+}
+
+
 def main() -> None:
-    start_logging()
-    run_command(lambda: dump(sys.argv[1:]))
+    start_logging(read_ranks())
+    name, arguments = "dump", sys.argv[1:]
+    if arguments and arguments[0] in COMMANDS:
+        name, *arguments = arguments
+    prog = PROGRAM if name == "dump" else f"{PROGRAM} {name}"
+    run_command(partial(COMMANDS[name], arguments, prog))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,22 @@
-"""What a user of phase one can choose. The fields' docstrings are the help that `--help` prints."""
+"""What a user of phase one can choose. The docstrings under the fields are the help that `--help` prints."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 
 from common.cache.schema import TokenCodec
+
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+OptionalSize = Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="HEIGHT WIDTH")]
+OptionalInts = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...")]
+StorePath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
+NewStorePath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -23,8 +31,10 @@ class DataOptions:
     """Augmentations of every image. Epoch e of a student sees view e modulo this."""
     seed: int = 0
     """Seed of the augmentations and of the token sampling."""
-    sizes: tuple[int, ...] | None = None
+    sizes: OptionalInts = None
     """Short sides in pixels to draw from, instead of Deformable DETR's 480, 512, ... 800; no crops then."""
+    augment: bool = True
+    """Mirror, crop and resize at random. --no-augment shows whole images at their largest size, as evaluation does."""
     skip_broken: bool = False
     """Leave out images that cannot be decoded and list them at the end, instead of stopping at the first."""
     workers: int = 4
@@ -37,7 +47,10 @@ class TeacherOptions:
 
     teacher: str = "teacher.pth"
     """Checkpoint file (official Deformable DETR, MMDetection, DETRDistill, transformers, or a student of this project),
-    or random:r101 (r50, r18, ...) for a trial with untrained weights."""
+    hf:DIRECTORY for a detector of the DETR family from Hugging Face transformers (docs/teachers.md), or random:r101
+    (r50, r18, ...) for a trial with untrained weights."""
+    teacher_size: OptionalSize = None
+    """Pixels that an hf: teacher resizes every sample to, instead of what its preprocessor_config.json says."""
     batch_size: int = 4
     """Samples that the teacher sees at once."""
     device: str = "auto"
@@ -58,8 +71,118 @@ class StoreOptions:
 
 @dataclass(frozen=True)
 class DumpConfig:
-    """Run the teacher once over every augmented sample and write what students need to a Zarr store."""
+    """Run the teacher once over every augmented sample and write what students need to a Zarr store.
+
+    Stopped at any moment, it goes on where it was when run again. Other commands, each with its own --help: plan
+    (bytes, hours, before anything is run), verify, repair, inspect, transcode (a smaller store from a larger one) and
+    prune: python -m teacher_dump COMMAND ...
+    """
 
     data: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     teacher: Annotated[TeacherOptions, tyro.conf.arg(name="")] = field(default_factory=TeacherOptions)
     store: Annotated[StoreOptions, tyro.conf.arg(name="")] = field(default_factory=StoreOptions)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Say what a dump with these options will write and cost, from annotations and parameters alone."""
+
+    data: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
+    teacher: Annotated[TeacherOptions, tyro.conf.arg(name="")] = field(default_factory=TeacherOptions)
+    store: Annotated[StoreOptions, tyro.conf.arg(name="")] = field(default_factory=StoreOptions)
+    measure: int = 0
+    """Batches to run through the teacher on this machine, to say how long it will take. 0 runs nothing."""
+    student_epochs: int = 50
+    """Epochs of one student, for comparing with a teacher that runs live beside each student."""
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Where the teacher and the images are that an existing store was made from."""
+
+    teacher: str = "teacher.pth"
+    """The teacher that wrote the store, as it was named then."""
+    data: Path = Path("data/coco")
+    """Folder of the data that was dumped."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    workers: int = 4
+    """Threads that decode and replay images."""
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Read a whole store and name everything in it that is damaged or missing. Exit status 1 if anything is."""
+
+    store: StorePath
+    """The store to read."""
+    against_teacher: int = 0
+    """Also run this many samples through the teacher again and compare; needs --teacher and --data."""
+    source: Annotated[SourceOptions, tyro.conf.arg(name="")] = field(default_factory=SourceOptions)
+    threads: int = 4
+    """Threads that read and check."""
+
+
+@dataclass(frozen=True)
+class RepairConfig:
+    """Verify a store, and write the shards again that are damaged or missing, with the teacher that made the others."""
+
+    store: StorePath
+    """The store to mend."""
+    source: Annotated[SourceOptions, tyro.conf.arg(name="")] = field(default_factory=SourceOptions)
+    skip_broken: bool = False
+    """Go on where images cannot be decoded, as the dump's option of that name."""
+    threads: int = 4
+    """Threads that read and check."""
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Print what is in a store; with --image-id, draw what it holds of one image."""
+
+    store: StorePath
+    """The store to describe."""
+    image_id: OptionalInt = None
+    """Draw this image: ground truth, the teacher's predictions, the weight map and the kept tokens."""
+    view: int = 0
+    """Which of its views."""
+    data: Path = Path("data/coco")
+    """Folder of the data that was dumped, for the image's pixels."""
+    out: OptionalPath = None
+    """Where to write the drawing. (default: image-ID-view-VIEW.png)"""
+
+
+@dataclass(frozen=True)
+class TranscodeConfig:
+    """Write a smaller store from a larger one, without the teacher: the same as a dump with these settings."""
+
+    store: StorePath
+    """The complete store to read. With fp32 and all tokens, the result equals a dump's to the bit."""
+    out: NewStorePath
+    """The store to write. An unfinished one of the same configuration is completed."""
+    tokens: TokenCodec | None = None
+    """How token features are stored. (default: as in the store that is read)"""
+    keep_tokens: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """Fraction of each sample's tokens to keep. (default: as in the store that is read)"""
+    views: OptionalInt = None
+    """Keep only this many views, from the first. (default: all)"""
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Make a store with fewer views that shares the shard files of another (hard links): it takes no time and no space.
+
+    Nothing is removed: delete the old store yourself to free what the new one does not share.
+    """
+
+    store: StorePath
+    """The store to take from."""
+    out: NewStorePath
+    """The store to make."""
+    views: int
+    """Keep only this many views, from the first."""
+
+
+def parse(config: type[Config], arguments: list[str], prog: str) -> Config:
+    """Read the command line. A mistake in it ends the process with status 2 and the nearest option's name."""
+    return tyro.cli(config, args=arguments, prog=prog, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
-from common.augment import TRAIN_POLICY, AugmentPolicy, apply_boxes, apply_image, flip_policy
+from common.augment import AugmentPolicy, apply_boxes, apply_image, evaluation_policy, policy_of_sizes
 from common.cache.plan import Plan, make_plan
-from common.cache.schema import CodecInfo, DataInfo, Layout, Manifest, ViewInfo
-from common.coco import Annotations
+from common.cache.reader import read_manifest
+from common.cache.schema import CodecInfo, DataInfo, Layout, Manifest, ViewInfo, differences
+from common.cache.writer import read_table
+from common.coco import Annotations, check_images, load_annotations
 from common.errors import UserError
 from common.images import load_image, pixel_fingerprint
 from common.records import Augmentation, ImageEntry, Targets
-from common.runtime import software_versions
-from teacher_dump.config import DumpConfig
-from teacher_dump.teachers import Teacher
+from common.runtime import choose_device, software_versions
+from teacher_dump.config import DataOptions, DumpConfig, SourceOptions
+from teacher_dump.teachers import Teacher, load_teacher
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -43,43 +52,73 @@ class Sample:
 
 
 def prepare(config: DumpConfig, annotations: Annotations, teacher: Teacher) -> Job:
-    """The manifest and the plan."""
+    """The manifest and the plan of a new store."""
     if not 0 < config.store.keep_tokens <= 1:
         raise UserError(f"expected --keep-tokens above 0 and at most 1, found {config.store.keep_tokens}")
     for name, value in (("--views", config.data.views), ("--batch-size", config.teacher.batch_size)):
         if value < 1:
             raise UserError(f"expected {name} of 1 or more, found {value}")
-    policy = _policy(config.data.sizes)
-    versions = software_versions()
     draft = Manifest(
         teacher=teacher.info,
-        data=DataInfo(
-            split=config.data.split,
-            annotations_sha256=annotations.sha256,
-            images=len(annotations.entries),
-            category_ids=annotations.category_ids,
-            class_names=annotations.class_names,
-        ),
-        views=ViewInfo(config.data.seed, config.data.views, policy, pixel_fingerprint()),
+        data=_data_info(annotations, config.data.split),
+        views=ViewInfo(config.data.seed, config.data.views, _policy(config.data), pixel_fingerprint()),
         codec=CodecInfo(config.store.tokens, config.store.keep_tokens),
         layout=Layout(samples=0, shard_samples=1, shard_tokens=1, page_tokens=1),  # the plan decides it
         batch_size=config.teacher.batch_size,
-        software={name: versions[name] for name in ("detrcache", "torch", "torchvision")},
+        software=_software(),
     )
-    fields = draft.fields()
     plan = make_plan(
         annotations.entries,
-        seed=config.data.seed,
-        views=config.data.views,
-        policy=policy,
+        seed=draft.views.seed,
+        views=draft.views.views,
+        policy=draft.views.policy,
         strides=teacher.info.strides,
-        keep_tokens=config.store.keep_tokens,
-        token_bytes=sum(field.row_bytes for field in fields if field.per == "token"),
-        sample_bytes=sum(field.row_bytes for field in fields if field.per == "sample"),
-        group=config.teacher.batch_size,
+        input_size=teacher.info.input_size,
+        keep_tokens=draft.codec.keep_tokens,
+        token_bytes=draft.row_bytes("token"),
+        sample_bytes=draft.row_bytes("sample"),
+        group=draft.batch_size,
     )
-    entries = {entry.image_id: entry for entry in annotations.entries}
-    return Job(annotations, entries, teacher, replace(draft, layout=plan.layout), plan)
+    return Job(annotations, _by_id(annotations), teacher, replace(draft, layout=plan.layout), plan)
+
+
+def job_of_store(store: Path, source: SourceOptions, *, same_software: bool) -> Job:
+    """The job that wrote `store`, for doing parts of it again.
+
+    UserError where the teacher or the annotations are not the ones that it was written with, or, with
+    `same_software`, where versions differ of what decides the bytes.
+    """
+    found = read_manifest(store)
+    annotations = load_annotations(source.data, found.data.split)
+    check_images(annotations)
+    device = choose_device(source.device)
+    teacher = load_teacher(source.teacher, annotations, device, found.teacher.input_size)
+    expected = replace(
+        found,
+        teacher=teacher.info,
+        data=_data_info(annotations, found.data.split),
+        views=replace(found.views, pixel_fingerprint=pixel_fingerprint()),
+        software=_software() if same_software else found.software,
+    )
+    different = differences(expected, found)
+    if different:
+        raise UserError(
+            f"expected the teacher, data and software that {store} was written with, found (here against there):"
+            f" {'; '.join(different)}"
+        )
+    return Job(annotations, _by_id(annotations), teacher, found, Plan(read_table(store), found.layout))
+
+
+def _policy(data: DataOptions) -> AugmentPolicy:
+    training = policy_of_sizes(data.sizes)
+    return training if data.augment else evaluation_policy(training)
+
+
+def batches(samples: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size`; the last one may be shorter."""
+    iterator = iter(samples)
+    while batch := list(islice(iterator, size)):
+        yield batch
 
 
 def load_sample(job: Job, row: int, skip_broken: bool) -> Sample:
@@ -97,16 +136,26 @@ def load_sample(job: Job, row: int, skip_broken: bool) -> Sample:
     return replace(sample, image=apply_image(image, augmentation))
 
 
-def _policy(sizes: tuple[int, ...] | None) -> AugmentPolicy:
-    if sizes is None:
-        return TRAIN_POLICY
-    if len(sizes) == 1:
-        return flip_policy(sizes[0])
-    return AugmentPolicy(
-        name="flip_resize", flip_probability=0.5, short_sides=tuple(sizes), max_long_side=round(max(sizes) * 5 / 3)
+def augmentation_of(integers: npt.NDArray[np.int32]) -> Augmentation:
+    """One row of a sample table's `augmentation`."""
+    flip, *rest = (int(value) for value in integers)
+    return Augmentation(bool(flip), *rest)
+
+
+def _data_info(annotations: Annotations, split: str) -> DataInfo:
+    return DataInfo(
+        split=split,
+        annotations_sha256=annotations.sha256,
+        images=len(annotations.entries),
+        category_ids=annotations.category_ids,
+        class_names=annotations.class_names,
     )
 
 
-def augmentation_of(integers: np.ndarray) -> Augmentation:
-    flip, *rest = (int(value) for value in integers)
-    return Augmentation(bool(flip), *rest)
+def _software() -> dict[str, str]:
+    versions = software_versions()
+    return {name: versions[name] for name in ("detrcache", "torch", "torchvision")}
+
+
+def _by_id(annotations: Annotations) -> dict[int, ImageEntry]:
+    return {entry.image_id: entry for entry in annotations.entries}

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from common.augment import AugmentPolicy, draw_many
-from common.cache.schema import Field, Layout, Manifest
+from common.cache.schema import Field, Layout, Manifest, TeacherInfo
 from common.records import ImageEntry
+
+Integers = npt.NDArray[np.integer[Any]]
 
 SHARD_BYTES = 256 * 2**20  # a rank's unit of work and of loss: large enough for object stores, small enough to redo
 MIN_SHARDS = 32  # so that small data sets too are split among ranks and lose little to an interruption
@@ -58,6 +61,7 @@ def make_plan(
     views: int,
     policy: AugmentPolicy,
     strides: Sequence[int],
+    input_size: tuple[int, int] | None = None,
     keep_tokens: float,
     token_bytes: int,
     sample_bytes: int,
@@ -65,8 +69,8 @@ def make_plan(
 ) -> Plan:
     """Plan `views` samples of every entry.
 
-    token_bytes, sample_bytes: of one row of all token fields and of all sample fields. group: samples that the teacher
-    sees at once.
+    strides, input_size: as in `TeacherInfo`. token_bytes, sample_bytes: of one row of all token fields and of all
+    sample fields. group: samples that the teacher sees at once.
     """
     image_id = np.array([entry.image_id for entry in entries], dtype=np.int64)
     sizes = np.array([(entry.width, entry.height) for entry in entries], dtype=np.int64).reshape(-1, 2)
@@ -78,29 +82,63 @@ def make_plan(
     ids, view_column, augmentation = (np.concatenate(column) for column in zip(*columns, strict=True))
 
     heights, widths = augmentation[:, 5], augmentation[:, 6]
-    level_shapes = np.stack([np.stack([-(-heights // s), -(-widths // s)], axis=1) for s in strides], axis=1)
-    tokens = level_shapes.prod(axis=2).sum(axis=1)
+    seen_heights, seen_widths = heights, widths
+    if input_size is not None:  # the teacher resizes every sample, so that all have the same grids
+        seen_heights, seen_widths = (np.full_like(heights, side) for side in input_size)
+    level_shapes = np.stack([np.stack([-(-seen_heights // s), -(-seen_widths // s)], axis=1) for s in strides], axis=1)
+    return lay_out(
+        ids,
+        view_column,
+        augmentation,
+        level_shapes.astype(np.int32),
+        keep_tokens=keep_tokens,
+        token_bytes=token_bytes,
+        sample_bytes=sample_bytes,
+        group=group,
+    )
+
+
+def lay_out(
+    image_id: npt.NDArray[np.int64],
+    view: npt.NDArray[np.int32],
+    augmentation: npt.NDArray[np.int32],
+    level_shapes: npt.NDArray[np.int32],
+    *,
+    keep_tokens: float,
+    token_bytes: int,
+    sample_bytes: int,
+    group: int,
+) -> Plan:
+    """Give samples that are drawn and in order, as the columns of a SampleTable, their places in a store."""
+    tokens = level_shapes.prod(axis=2, dtype=np.int64).sum(axis=1)
     page = _page_tokens(tokens, keep_tokens)
     kept = tokens
     if keep_tokens < 1:  # whole pages, so that sampled records need no padding
         kept = np.minimum(tokens, np.maximum(1, np.rint(tokens * keep_tokens / page)).astype(np.int64) * page)
 
-    shard_samples = _shard_samples(len(ids), float(kept.mean()) * token_bytes + sample_bytes, group)
+    shard_samples = _shard_samples(len(image_id), float(kept.mean()) * token_bytes + sample_bytes, group)
     pages = _to_pages(kept, page)
-    first = np.arange(len(ids)) // shard_samples * shard_samples  # the first sample of each sample's shard
+    first = np.arange(len(image_id)) // shard_samples * shard_samples  # the first sample of each sample's shard
     start = np.cumsum(pages) - pages
     page_in_shard = start - start[first]
     shard_pages = int((page_in_shard + pages).max())
-    layout = Layout(len(ids), shard_samples, shard_pages * page, page)
+    layout = Layout(len(image_id), shard_samples, shard_pages * page, page)
     table = SampleTable(
-        image_id=ids,
-        view=view_column,
-        augmentation=augmentation.astype(np.int32),
-        level_shapes=level_shapes.astype(np.int32),
+        image_id=image_id,
+        view=view,
+        augmentation=augmentation,
+        level_shapes=level_shapes,
         token_count=kept.astype(np.int32),
-        token_offset=(np.arange(len(ids)) // shard_samples * shard_pages + page_in_shard) * page,
+        token_offset=(np.arange(len(image_id)) // shard_samples * shard_pages + page_in_shard) * page,
     )
     return Plan(table, layout)
+
+
+def level_strides(teacher: TeacherInfo, heights: Integers, widths: Integers) -> npt.NDArray[np.float32]:
+    """Pixels of each sample (N,) from one of its teacher's tokens to the next, (N, levels, 2): down and across."""
+    sizes = np.stack([heights, widths], axis=1)
+    scale = np.ones(sizes.shape) if teacher.input_size is None else sizes / np.array(teacher.input_size)
+    return (np.array(teacher.strides)[:, None] * scale[:, None, :]).astype(np.float32)
 
 
 def field_bytes(manifest: Manifest, table: SampleTable, field: Field) -> int:

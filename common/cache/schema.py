@@ -87,7 +87,11 @@ class TeacherInfo:
     queries: int
     channels: int
     strides: tuple[int, ...]
-    """Pixels of the augmented sample per token, one for each feature level, fine to coarse."""
+    """Pixels of the teacher's input per token, one for each feature level, fine to coarse."""
+    input_size: tuple[int, int] | None = None
+    """Height and width that the teacher resizes every sample to; None: its input is the sample's own pixels."""
+    scores: Literal["sigmoid", "softmax"] = "sigmoid"
+    """What the teacher makes of its logits. The store's logits are always for the sigmoid (docs/teachers.md)."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,10 @@ class Manifest:
             Field("quality", "sample", (layers, queries), "float32"),
             Field("assignment", "sample", (layers, queries), "int16"),
         )
+
+    def row_bytes(self, per: Literal["sample", "token"]) -> int:
+        """Bytes of one row of all sample fields, or of all token fields."""
+        return sum(field.row_bytes for field in self.fields() if field.per == per)
 
     def to_json(self) -> dict[str, Any]:
         return _MANIFEST.dump_python(self, mode="json")  # type: ignore[no-any-return]

@@ -1,0 +1,136 @@
+"""A store against the teacher that wrote it: run some samples again and compare what comes out with what is stored."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from common.cache.codec import INT8_STEP_ERROR, ChannelStatistics, decode_tokens
+from common.cache.reader import CacheReader
+from common.cache.writer import Record
+from common.runtime import log
+from teacher_dump.config import SourceOptions
+from teacher_dump.encode import read_statistics, run_teacher, token_fields
+from teacher_dump.job import Job, Sample, job_of_store, load_sample
+from teacher_dump.records import stored_records
+from teacher_dump.tables import table
+
+# What another processor, or another number of threads, may change in a teacher's answer, as a share of the field's
+# root mean square. On the machine that wrote the store, the codec makes the only difference.
+NOISE = 1e-3
+OTHER_CHOICES = 0.01  # share of assignments and drawn positions that such noise may turn
+FLOAT16_ROUNDING, FLOAT16_SMALLEST = 2.0**-11, 2.0**-25  # half a unit in the last place, of normal and tiny values
+
+Floats = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
+
+
+@dataclass
+class Comparison:
+    """Of one field over all samples.
+
+    largest: |stored - teacher|, or for whole numbers the share that differ. of_bound: the largest error as a share of
+    what the codec allows. within: no value differs by more than the codec and noise allow.
+    """
+
+    largest: float = 0.0
+    of_bound: float = 0.0
+    within: bool = True
+
+    def add(self, stored: Array, teacher: Array, bound: Floats | float) -> None:
+        error = np.abs(stored.astype(np.float32) - teacher)
+        rms = float(np.sqrt(np.mean(np.square(teacher, dtype=np.float64))))
+        self.largest = max(self.largest, float(error.max()))
+        self.of_bound = max(self.of_bound, float((error / np.maximum(bound, 1e-30)).max()))
+        self.within &= bool((error <= bound + NOISE * rms).all())
+
+    def add_choices(self, stored: Array, teacher: Array) -> None:
+        self.largest = max(self.largest, float(np.mean(stored != teacher)))
+        self.within &= self.largest <= OTHER_CHOICES
+
+
+def compare_with_teacher(store: Path, source: SourceOptions, samples: int) -> bool:
+    """Run whole batches of the dump, `samples` samples or a few more, again; print a table; whether all fields agree.
+
+    UserError where teacher or data are not the ones of the store.
+    """
+    reader = CacheReader(store)
+    job = job_of_store(store, source, same_software=False)
+    statistics = read_statistics(store)
+    comparisons: dict[str, Comparison] = defaultdict(Comparison)
+    compared = 0
+    for start in _batch_starts(job, reader, samples):
+        rows = range(start, min(start + job.manifest.batch_size, len(job.plan.table)))
+        batch = [sample for row in rows if (sample := load_sample(job, row, skip_broken=True)).image is not None]
+        records = stored_records(reader, [sample.row for sample in batch])
+        for sample, record, answer in zip(batch, records, run_teacher(job, batch), strict=True):
+            _compare(job, sample, record, answer, statistics, comparisons)
+        compared += len(batch)
+    reader.close()
+    rows_of_table = [("field", "largest difference", "of the codec's bound", "")]
+    for field in job.manifest.fields():
+        if field.name in comparisons:
+            found = comparisons[field.name]
+            rounded = found.of_bound < 1e6
+            difference = (
+                f"{found.largest:.3g}" if field.dtype not in ("int16", "int32") else f"{found.largest:.2%} differ"
+            )
+            rows_of_table.append(
+                (field.name, difference, f"{found.of_bound:.0%}" if rounded else "", "ok" if found.within else "WRONG")
+            )
+    print("\n".join(table(rows_of_table)))
+    agree = bool(comparisons) and all(found.within for found in comparisons.values())
+    verdict = "agree within the codec's bounds" if agree else "DISAGREE"
+    print(f"{store}: {compared} samples run through {job.teacher.info.name} again: store and teacher {verdict}")
+    return agree
+
+
+def _compare(
+    job: Job,
+    sample: Sample,
+    record: Record,
+    answer: Record,
+    statistics: ChannelStatistics | None,
+    comparisons: dict[str, Comparison],
+) -> None:
+    codec, memory, weights = job.manifest.codec, answer["memory"], answer["weights"]
+    fresh = token_fields(job.manifest, len(record["tokens"]), sample.image_id, sample.view, memory, weights, statistics)
+    positions = record.get("token_positions", fresh["token_positions"])
+    decoded = decode_tokens({name: record[name] for name in ("tokens", "token_scales") if name in record}, statistics)
+    bound: Floats | float
+    if codec.tokens == "int8" and statistics is not None:
+        bound = INT8_STEP_ERROR * record["token_scales"].astype(np.float32) * statistics.channel_scale
+    else:
+        bound = _rounding(memory[positions], record["tokens"])
+    comparisons["tokens"].add(decoded, memory[positions], bound)
+    if "token_positions" in record:
+        comparisons["token_positions"].add_choices(positions, fresh["token_positions"])
+    same = positions == fresh["token_positions"]
+    comparisons["token_weights"].add(record["token_weights"][same], fresh["token_weights"][same], 0.0)
+    for name in ("queries", "logits", "boxes_cxcywh", "quality"):
+        comparisons[name].add(record[name], answer[name], _rounding(answer[name], record[name]))
+    comparisons["assignment"].add_choices(record["assignment"], answer["assignment"])
+
+
+def _rounding(values: Array, stored: Array) -> Floats | float:
+    """The most that storing float32 values in the type of `stored` may change each."""
+    if stored.dtype != np.float16:
+        return 0.0
+    return np.maximum(np.abs(values) * FLOAT16_ROUNDING, FLOAT16_SMALLEST).astype(np.float32)
+
+
+def _batch_starts(job: Job, reader: CacheReader, samples: int) -> list[int]:
+    """First rows of enough of the dump's batches, evenly spread over the finished shards."""
+    layout, group = job.manifest.layout, job.manifest.batch_size
+    starts = np.arange(0, layout.samples, group)  # a shard holds whole batches
+    starts = starts[reader.finished_shards[starts // layout.shard_samples]]
+    wanted = min(len(starts), -(-samples // group))
+    if not wanted:
+        log.warning("the store has no finished shard to compare with")
+        return []
+    return [int(start) for start in starts[np.linspace(0, len(starts) - 1, wanted).astype(int)]]

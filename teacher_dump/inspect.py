@@ -1,0 +1,113 @@
+"""What is in a store, in words. The picture of one sample is `teacher_dump.drawing`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from common.augment import AugmentPolicy
+from common.cache.codec import INT8_STEP_ERROR
+from common.cache.plan import field_bytes, store_bytes
+from common.cache.reader import CacheReader
+from common.cache.schema import Manifest
+from common.cache.writer import read_skipped
+from teacher_dump.config import InspectConfig
+from teacher_dump.drawing import draw_sample
+from teacher_dump.tables import facts, size, table
+
+
+def run_inspect(config: InspectConfig) -> str:
+    """What to print: a description of the store, or of one sample that was drawn. UserError if there is none."""
+    reader = CacheReader(config.store)
+    try:
+        if config.image_id is None:
+            return "\n".join(describe(reader))
+        out = config.out or Path(f"image-{config.image_id}-view-{config.view}.png")
+        return draw_sample(reader, config.data, config.image_id, config.view, out)
+    finally:
+        reader.close()
+
+
+def describe(reader: CacheReader) -> list[str]:
+    """A screenful on what a store is, what it holds and how much of it is there."""
+    manifest, samples = reader.manifest, reader.table
+    teacher, data, views, layout = manifest.teacher, manifest.data, manifest.views, manifest.layout
+    total_bytes, count = store_bytes(manifest, samples), len(samples)
+    tokens = samples.level_shapes.prod(axis=2, dtype=np.int64).sum(axis=1)
+    finished, skipped = int(reader.finished_shards.sum()), len(read_skipped(reader.path))
+    state = "complete" if reader.complete else "UNFINISHED: dump again to complete it; training uses what is there"
+    rows = [("field", "dtype", "of", "a row", "a sample", "in all", "share")]
+    for field in manifest.fields():
+        in_all = field_bytes(manifest, samples, field)
+        shape = " x ".join(map(str, field.row_shape)) or "1"
+        each, share = size(in_all / count), f"{in_all / total_bytes:.1%}"
+        rows.append((field.name, field.dtype, field.per, shape, each, size(in_all), share))
+    rows.append(("all", "", "", "", size(total_bytes / count), size(total_bytes), "100.0%"))
+    readable = len(reader.rows())
+    return [
+        *facts(
+            [
+                ("store", f"{reader.path}, format version {manifest.format_version}"),
+                ("state", f"{finished} of {layout.shards} shards: {state}"),
+                ("samples", f"{count}, of which {readable} can be read" + (f", {skipped} broken" if skipped else "")),
+                (
+                    "data",
+                    f"{data.split}: {data.images} images, {manifest.num_classes} classes"
+                    f" ({_some(data.class_names)}); annotations {data.annotations_sha256[:12]}",
+                ),
+                ("views", f"{views.views} of each image, seed {views.seed}, {_policy(views.policy)}"),
+                (
+                    "teacher",
+                    f"{teacher.name}{_hash(teacher.weights_sha256)}: {teacher.layers} layers,"
+                    f" {teacher.queries} queries, {teacher.channels} channels, strides {_some(teacher.strides)}"
+                    + ("" if teacher.trained else "; UNTRAINED, for trials only"),
+                ),
+                (
+                    "tokens",
+                    f"{tokens.mean():.0f} a sample ({tokens.min()} to {tokens.max()}),"
+                    f" {samples.token_count.sum() / tokens.sum():.1%} kept as {manifest.codec.tokens}",
+                ),
+                ("fidelity", fidelity(manifest)),
+                (
+                    "layout",
+                    f"{layout.shard_samples} samples a shard ({size(total_bytes / layout.shards)}), pages of"
+                    f" {layout.page_tokens} tokens, crc32c on each; teacher's batches of {manifest.batch_size}",
+                ),
+                ("software", ", ".join(f"{name} {version}" for name, version in manifest.software.items())),
+            ]
+        ),
+        "",
+        *table(rows),
+    ]
+
+
+def fidelity(manifest: Manifest) -> str:
+    """What storing may have changed, at most."""
+    codec = manifest.codec
+    rounding = {
+        "fp32": "exact",
+        "fp16": "tokens, queries and logits within 2^-11 of each value",
+        "int8": f"tokens within {INT8_STEP_ERROR:.2f} steps (token scale x channel scale), queries and logits within"
+        " 2^-11 of each value",
+    }[codec.tokens]
+    sampling = (
+        "all tokens" if codec.keep_tokens == 1 else "tokens drawn by weight, the feature loss exact in expectation"
+    )
+    return f"{rounding}; boxes, quality, assignment and weights exact; {sampling}"
+
+
+def _policy(policy: AugmentPolicy) -> str:
+    sides = policy.short_sides
+    sizes = f"{sides[0]}" if len(sides) == 1 else f"{min(sides)}..{max(sides)}"
+    crops = f", {policy.crop_probability:.0%} cropped" if policy.crop_probability else ""
+    mirrored = f"{policy.flip_probability:.0%} mirrored"
+    return f"{policy.name}: short side {sizes}, long side up to {policy.max_long_side}, {mirrored}{crops}"
+
+
+def _hash(sha256: str) -> str:
+    return f" ({sha256[:12]})" if sha256 else ""
+
+
+def _some(values: tuple[object, ...], most: int = 6) -> str:
+    return ", ".join(map(str, values[:most])) + (", ..." if len(values) > most else "")

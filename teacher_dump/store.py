@@ -1,0 +1,180 @@
+"""Beginning, resuming and writing a store: what dump, transcode and prune have in common.
+
+One job at a time writes a store. Its first rank creates the store, or checks and tidies the one that is there, with a
+lock for itself alone; then all its ranks hold a shared lock until they end, however they end. A second job asks for
+the lock alone and is refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch.distributed as dist
+
+from common.ahead import WriteBehind
+from common.cache.plan import Plan, store_bytes
+from common.cache.reader import read_manifest
+from common.cache.schema import Layout, Manifest, differences
+from common.cache.writer import TEMPORARY, Record, ShardWriter, create_store, finished_shards, remove_partial
+from common.errors import UserError
+from common.runtime import Ranks, log
+
+Constants = Mapping[str, npt.NDArray[np.float32]]
+Batches = Iterable[tuple[Sequence[Record], Sequence[int]]]  # records, and which rows of the store are blank among them
+
+
+@contextmanager
+def writable_store(
+    out: Path, manifest: Manifest, plan: Plan, constants: Callable[[], Constants], ranks: Ranks
+) -> Iterator[None]:
+    """A store at `out` with this manifest, for this job alone: created, or found as an earlier attempt left it.
+
+    Ranks wait for the first here and need no word of each other afterwards. UserError if there is a store of another
+    configuration, if another job writes to it, or if the disk has no room for what is missing.
+    """
+    first, others = ranks.is_first, ranks.world_size > 1
+    if others:
+        dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world_size)
+    with write_errors(out):
+        lock = _begin(out, manifest, plan, constants) if first else -1
+    if others:
+        dist.barrier()
+        dist.destroy_process_group()
+    lock = lock if first else _lock(out, fcntl.LOCK_SH)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def write_shards(out: Path, manifest: Manifest, shards: Iterable[int], batches_of: Callable[[int], Batches]) -> None:
+    """Write these shards from the batches that `batches_of` gives for each, in a thread beside it.
+
+    At most two batches wait for the disk. Whatever goes wrong, finished shards stay and the one in progress vanishes.
+    """
+    with write_errors(out), WriteBehind() as behind:
+        for shard in shards:
+            writer = ShardWriter(out, manifest, shard)
+            skipped: list[int] = []
+            try:
+                for records, blank_rows in batches_of(shard):
+                    behind(writer.add, records)
+                    skipped += blank_rows
+                behind(writer.commit, skipped)
+            except BaseException:
+                behind.wait()
+                writer.discard()
+                raise
+
+
+def shard_rows(shard: int, layout: Layout) -> range:
+    """The samples of a shard."""
+    return range(shard * layout.shard_samples, min(layout.samples, (shard + 1) * layout.shard_samples))
+
+
+def missing_shards(out: Path, manifest: Manifest, ranks: Ranks) -> list[int]:
+    """This rank's share of the shards that are not there yet."""
+    finished = finished_shards(out, manifest)
+    if finished.any():
+        log.info(f"{int(finished.sum())} of {len(finished)} shards are there already")
+    return [int(shard) for shard in np.flatnonzero(~finished) if shard % ranks.world_size == ranks.rank]
+
+
+def free_bytes(out: Path) -> int:
+    """Free space where `out` is or will be."""
+    existing = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+@contextmanager
+def locked_store(store: Path) -> Iterator[None]:
+    """Keep every other job away from an existing store."""
+    with write_errors(store):
+        lock = _lock(store, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def write_errors(out: Path) -> Iterator[None]:
+    """Turn what the system says against writing into one line for the user."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "free some space and run the same command again: finished shards stay"
+        else:
+            remedy = (
+                "name a place that can be written to, or run the same command again once it can: what is done stays"
+            )
+        raise UserError(f"{out} could not be written: {reason}; {remedy}") from None
+
+
+def _begin(out: Path, manifest: Manifest, plan: Plan, constants: Callable[[], Constants]) -> int:
+    """Create or resume; returns the lock, held."""
+    total_bytes = store_bytes(manifest, plan.table)
+    if not os.path.lexists(out):
+        _check_room(out, total_bytes)
+        try:
+            create_store(out, manifest, plan, constants())
+        except BaseException as error:
+            _remove_begun(out)
+            if not (isinstance(error, OSError) and (out / "zarr.json").exists()):
+                raise
+            # Another job was faster: go on as if the store had been there before.
+    if not (out / "zarr.json").is_file():
+        raise UserError(f"expected {out} to be new or a store, found something else there; name another --out")
+    found = read_manifest(out)
+    different = differences(manifest, found)
+    if different:
+        raise UserError(
+            f"{out} is a store of another configuration and was left as it is; asked for against found:"
+            f" {'; '.join(different)}. Name another --out, or remove the store"
+        )
+    lock = _lock(out, fcntl.LOCK_EX)
+    _remove_begun(out)
+    remove_partial(out)
+    _check_room(out, int(total_bytes * (1 - finished_shards(out, found).mean())))
+    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return lock
+
+
+def _remove_begun(out: Path) -> None:
+    """Remove what came of attempts to create the store that ended early."""
+    for leftover in out.parent.glob(f"{out.name}{TEMPORARY}-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _lock(store: Path, kind: int) -> int:
+    """A lock on the store's zarr.json; it ends when the descriptor is closed or the process dies."""
+    descriptor = os.open(store / "zarr.json", os.O_RDWR)  # network file systems lock only what is open for writing
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"{store} is being written by another process; wait for it to end, or stop it and run this command again"
+        ) from None
+    except OSError as error:
+        log.warning(f"{store} cannot be locked here ({error.strerror}): see to it that only one job writes to it")
+    return descriptor
+
+
+def _check_room(out: Path, needed_bytes: int) -> None:
+    free = free_bytes(out)
+    if needed_bytes > free:
+        raise UserError(
+            f"{out} needs {needed_bytes / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free; free some, name"
+            " another --out, or store less (--tokens int8, --keep-tokens 0.25, fewer --views)"
+        )

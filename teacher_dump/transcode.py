@@ -1,0 +1,197 @@
+"""Smaller stores from larger ones, without the teacher."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from common.cache.codec import ChannelStatistics, decode_tokens, encode_tokens
+from common.cache.plan import Plan, SampleTable, lay_out, store_bytes
+from common.cache.reader import CacheReader
+from common.cache.sampling import draw_tokens
+from common.cache.schema import CodecInfo, Manifest
+from common.cache.writer import SKIPPED, TEMPORARY, Record, blank_record, read_skipped, shard_path
+from common.errors import UserError
+from common.runtime import Ranks, log
+from teacher_dump.config import PruneConfig, TranscodeConfig
+from teacher_dump.encode import CALIBRATION_SAMPLES, calibrate, read_statistics
+from teacher_dump.job import batches
+from teacher_dump.records import stored_records
+from teacher_dump.store import (
+    Batches,
+    Constants,
+    missing_shards,
+    shard_rows,
+    writable_store,
+    write_errors,
+    write_shards,
+)
+from teacher_dump.tables import size
+
+ROWS_AT_ONCE = 8
+TOKEN_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+
+
+def run_transcode(config: TranscodeConfig) -> None:
+    """Draw tokens of every record of one store and encode them into another; resumable as a dump is.
+
+    UserError if the source is incomplete, or holds less than is asked for.
+    """
+    source = CacheReader(config.store)
+    if not source.complete:
+        missing = int((~source.finished_shards).sum())
+        raise UserError(
+            f"expected a complete store, but {missing} shards of {config.store} are missing; dump them first"
+        )
+    manifest, plan = _target(source, config)
+    before_bytes, after_bytes = store_bytes(source.manifest, source.table), store_bytes(manifest, plan.table)
+    log.info(
+        f"{config.out}: {len(plan.table)} samples, {size(after_bytes)} in {manifest.layout.shards} shards,"
+        f" {after_bytes / before_bytes:.1%} of {config.store}"
+    )
+    statistics, blank = read_statistics(config.store), set(read_skipped(config.store).tolist())
+    with writable_store(config.out, manifest, plan, lambda: _constants(source, manifest, blank), Ranks()):
+        new_statistics = read_statistics(config.out)
+        shards = missing_shards(config.out, manifest, Ranks())
+        left = sum(len(shard_rows(shard, manifest.layout)) for shard in shards)
+        with tqdm(total=left, unit=" samples", desc="transcode") as bar:
+
+            def batches_of(shard: int) -> Batches:
+                for rows in batches(shard_rows(shard, manifest.layout), ROWS_AT_ONCE):
+                    records = [
+                        blank_record(manifest, int(plan.table.token_count[row]))
+                        if row in blank
+                        else _transcode(record, row, source.manifest, manifest, plan, statistics, new_statistics)
+                        for row, record in zip(rows, stored_records(source, rows), strict=True)
+                    ]
+                    yield records, [row for row in rows if row in blank]
+                    bar.update(len(rows))
+
+            write_shards(config.out, manifest, shards, batches_of)
+    source.close()
+
+
+def run_prune(config: PruneConfig) -> None:
+    """A store of the first views of another, whose shard files it shares. UserError if there are no views to drop."""
+    source = CacheReader(config.store)
+    views = _fewer_views(source.manifest, config.views)
+    samples = int((source.table.view < views).sum())  # views follow one another
+    layout = replace(source.manifest.layout, samples=samples)
+    manifest = replace(source.manifest, views=replace(source.manifest.views, views=views), layout=layout)
+    plan = Plan(SampleTable(**{name: column[:samples] for name, column in vars(source.table).items()}), layout)
+    constants = {name: value.numpy() for name, value in source.constants.items()}
+    blank = set(read_skipped(config.store).tolist())
+
+    def batches_of(shard: int) -> Batches:
+        for rows in batches(shard_rows(shard, layout), ROWS_AT_ONCE):
+            yield stored_records(source, rows), [row for row in rows if row in blank]
+
+    with writable_store(config.out, manifest, plan, lambda: constants, Ranks()):
+        for shard in missing_shards(config.out, manifest, Ranks()):
+            if not source.finished_shards[shard]:
+                continue
+            if shard_rows(shard, layout) == shard_rows(shard, source.manifest.layout):
+                with write_errors(config.out):
+                    _share_shard(config.store, config.out, manifest, shard)
+            else:  # the shard where the last view that is kept ends
+                write_shards(config.out, manifest, [shard], batches_of)
+    source.close()
+    kept_bytes = store_bytes(manifest, plan.table)
+    log.info(
+        f"{config.out}: {len(plan.table)} samples, {size(kept_bytes)}, shared with {config.store}; remove that one to"
+        f" free {size(store_bytes(source.manifest, source.table) - kept_bytes)}"
+    )
+
+
+def _target(source: CacheReader, config: TranscodeConfig) -> tuple[Manifest, Plan]:
+    """What a dump with the new settings would have planned: the order of the samples stays."""
+    there = source.manifest.codec
+    codec = CodecInfo(config.tokens or there.tokens, config.keep_tokens or there.keep_tokens)
+    if not 0 < codec.keep_tokens <= 1:
+        raise UserError(f"expected --keep-tokens above 0 and at most 1, found {codec.keep_tokens}")
+    if there.keep_tokens < 1 and codec.keep_tokens != there.keep_tokens:
+        raise UserError(
+            f"expected --keep-tokens {there.keep_tokens:g}, which {config.store} was sampled with, found"
+            f" {codec.keep_tokens:g}; other fractions need a store of all tokens"
+        )
+    if TOKEN_BYTES[codec.tokens] > TOKEN_BYTES[there.tokens]:
+        raise UserError(f"expected --tokens no larger than the {there.tokens} of {config.store}, found {codec.tokens}")
+    views = source.manifest.views.views if config.views is None else _fewer_views(source.manifest, config.views)
+    manifest = replace(source.manifest, views=replace(source.manifest.views, views=views), codec=codec)
+    columns = source.table
+    samples = int((columns.view < views).sum())
+    plan = lay_out(
+        columns.image_id[:samples],
+        columns.view[:samples],
+        columns.augmentation[:samples],
+        columns.level_shapes[:samples],
+        keep_tokens=codec.keep_tokens,
+        token_bytes=manifest.row_bytes("token"),
+        sample_bytes=manifest.row_bytes("sample"),
+        group=manifest.batch_size,
+    )
+    return replace(manifest, layout=plan.layout), plan
+
+
+def _constants(source: CacheReader, manifest: Manifest, blank: set[int]) -> Constants:
+    """The source's constants; with channel statistics of its first samples where the tokens become int8 only now."""
+    constants = {name: value.numpy() for name, value in source.constants.items()}
+    if source.manifest.codec.tokens != manifest.codec.tokens:
+        rows = [row for row in range(min(CALIBRATION_SAMPLES, len(source.table))) if row not in blank]
+        memories = [decode_tokens({"tokens": record["tokens"]}, None) for record in stored_records(source, rows)]
+        constants |= calibrate(manifest, memories)
+    return constants
+
+
+def _transcode(
+    record: Record,
+    row: int,
+    there: Manifest,
+    here: Manifest,
+    plan: Plan,
+    statistics: ChannelStatistics | None,
+    new_statistics: ChannelStatistics | None,
+) -> Record:
+    """One record with the tokens that the new store keeps, in its codec. What is stored alike is taken as it is."""
+    if there.codec == here.codec:
+        return record
+    tokens = {name: record[name] for name in ("tokens", "token_scales") if name in record}
+    kept: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]
+    if there.codec.keep_tokens == here.codec.keep_tokens:
+        kept = {name: record[name] for name in ("token_positions", "token_weights") if name in record}
+    else:
+        table = plan.table
+        key = (here.views.seed, int(table.image_id[row]), int(table.view[row]))
+        positions, weights = draw_tokens(record["token_weights"], int(table.token_count[row]), key)
+        tokens = {name: stored[positions] for name, stored in tokens.items()}
+        kept = {"token_positions": positions, "token_weights": weights}
+    if there.codec.tokens != here.codec.tokens:
+        tokens = encode_tokens(decode_tokens(tokens, statistics), here.codec.tokens, new_statistics)
+    return {**record, **tokens, **kept}
+
+
+def _fewer_views(manifest: Manifest, views: int) -> int:
+    if not 1 <= views <= manifest.views.views:
+        raise UserError(f"expected --views of 1 to {manifest.views.views}, as many as the store has, found {views}")
+    return views
+
+
+def _share_shard(source: Path, out: Path, manifest: Manifest, shard: int) -> None:
+    skipped = Path(SKIPPED, "c", str(shard))
+    fields = [shard_path(source, field, shard).relative_to(source) for field in manifest.fields()]
+    for path in (skipped, *fields):
+        if not (source / path).exists():
+            continue
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        (out / path).unlink(missing_ok=True)
+        try:
+            os.link(source / path, out / path)
+        except OSError:  # another file system, or one without links
+            partial = (out / path).with_name(f"{path.name}{TEMPORARY}-{os.getpid()}")
+            shutil.copyfile(source / path, partial)
+            partial.rename(out / path)
