@@ -151,7 +151,7 @@ def test_mmdet_roles(variant, version, tmp_path):
 def test_official_roles(tmp_path):
     """The official decoder numbers its norms in an order of its own: 1 after cross-attention, 2 after self-attention.
 
-    Facts from `DeformableTransformerDecoderLayer.forward` of the official code; values of each tensor looked up by role.
+    Facts from `DeformableTransformerDecoderLayer.forward` of the official code; each tensor's value is found by role.
     """
     state = {name: torch.zeros(shape) + i for i, (name, shape) in enumerate(official_shapes("refine").items())}
     state |= {f"transformer.decoder.{name}": state[name] for name in state if name.startswith("bbox_embed.")}

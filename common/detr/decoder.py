@@ -124,9 +124,9 @@ class Decoder(nn.Module):
             frame = _frame(references, shapes, valid_ratios, self.points)
             queries = layer(queries, positions, sizes, frame, memory, token_mask, shapes)
             head = index if self.refine else 0
-            logits = self.class_heads[head](queries)
+            logits = self.class_heads[head](queries).float()
             shift = torch.cat([_reference_logits(reference) for reference in references], 1)
-            boxes = (self.box_heads[head](queries) + shift).sigmoid()
+            boxes = (self.box_heads[head](queries).float() + shift).sigmoid()  # bfloat16 is too coarse for places
             layers.append((queries, logits, boxes))
             if self.refine:
                 references = list(torch.split(boxes.detach(), sizes, 1))

@@ -151,4 +151,4 @@ class DeformableDetr(nn.Module):
             return Queries(content, position, group.reference)
         if self.reference_points is None:
             raise UserError("expected reference points with queries for a two-stage model; found none: pass QueryGroup")
-        return Queries(content, position, self.reference_points(position).sigmoid())
+        return Queries(content, position, self.reference_points(position).float().sigmoid())

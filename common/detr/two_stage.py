@@ -45,7 +45,7 @@ class Proposer(nn.Module):
         invalid = token_mask[..., None] | ((anchors <= 0.01) | (anchors >= 0.99)).any(-1, keepdim=True)
         shift = torch.log(anchors / (1 - anchors)).masked_fill(invalid, float("inf"))
         tokens = self.memory_norm(self.memory_projection(memory.masked_fill(invalid, 0.0)))
-        logits, boxes = self.class_head(tokens), (self.box_head(tokens) + shift).sigmoid()
+        logits, boxes = self.class_head(tokens).float(), (self.box_head(tokens).float() + shift).sigmoid()
 
         best = logits[..., 0].topk(self.queries, 1).indices
         reference = boxes.detach().gather(1, best[..., None].expand(-1, -1, 4))
