@@ -41,9 +41,12 @@ def cached_feature_loss(
     The gradient of student is the only tensor of its size that is allocated, unless backend is "reference". The "cpu"
     and "triton" versions add in a fixed order.
 
-    Raises ValueError for shapes and dtypes that do not fit.
+    Raises ValueError for shapes and dtypes that do not fit, and on the CPU for positions and offsets out of range (on a
+    GPU that would wait for the device).
     """
     _check(student, tokens, positions, weights, offsets, scales, channel_scale, channel_shift)
+    if student.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_indices(positions, offsets, student.shape[1])
     samples = torch.searchsorted(offsets[1:], torch.arange(len(positions), device=offsets.device), right=True)
     rows = samples * student.shape[1] + positions  # of the flattened (B*T, C) student
     chosen = choose("cached feature loss", backend, student.device)
@@ -168,3 +171,11 @@ def _check(
         raise ValueError(f"int4 tokens need an even number of channels, got {channels}")
     if scales is not None and (scales.dim() != 2 or scales.shape[0] != kept or channels % max(1, scales.shape[1])):
         raise ValueError(f"scales must be ({kept}, G) with G a divisor of {channels}, got {tuple(scales.shape)}")
+
+
+def _check_indices(positions: Tensor, offsets: Tensor, length: int) -> None:
+    kept = len(positions)
+    if kept and not 0 <= int(positions.min()) <= int(positions.max()) < length:
+        raise ValueError(f"positions must lie in 0..{length - 1}, found {int(positions.min())}..{int(positions.max())}")
+    if offsets[0] != 0 or offsets[-1] != kept or bool((offsets.diff() < 0).any()):
+        raise ValueError(f"offsets must rise from 0 to {kept}, the number of tokens, got {offsets.tolist()}")

@@ -128,7 +128,7 @@ def forward(
     """As `kernels.feature_loss._forward`."""
     real = _real(student)
     if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < student.shape[0] * student.shape[1]:
-        raise ValueError("positions must lie in 0..T-1 of the student")
+        raise ValueError("positions and offsets point outside the student")  # as the kernels must not
     arguments = (
         _rows_of(student),
         _numbers(tokens),

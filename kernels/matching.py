@@ -34,7 +34,10 @@ def hungarian(costs: Tensor, row_mask: Tensor | None = None, column_mask: Tensor
 
 
 def hungarian_start(costs: Tensor, row_mask: Tensor | None = None, column_mask: Tensor | None = None) -> Matching:
-    """`hungarian` in two steps: start, and go on with other work until `.result()` is called."""
+    """`hungarian` in two steps: start, and go on with other work until `.result()` is called.
+
+    Costs on a GPU may be overwritten at once; costs on the CPU are read in place, so leave them alone until the result.
+    """
     if costs.dim() < 2 or not costs.is_floating_point():
         raise ValueError(f"costs must be floating and (..., N, G), got {costs.dtype} {tuple(costs.shape)}")
     leading, rows, columns = costs.shape[:-2], costs.shape[-2], costs.shape[-1]
