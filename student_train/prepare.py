@@ -140,6 +140,11 @@ def inherit(detector: DeformableDetr, source: DeformableDetr) -> str:
 
 def prepare_feed(config: TrainConfig, data: Data, ranks: Ranks, device: torch.device) -> Feed:
     """The samples of the store or, without one, fresh views. Cached targets are read only if a loss needs them."""
+    if config.optimisation.batch_size < ranks.world_size:
+        raise UserError(
+            f"expected --batch-size of {ranks.world_size} or more, an image for each process, found"
+            f" {config.optimisation.batch_size}"
+        )
     if data.reader is not None:
         source: CachedViews | FreshViews = CachedViews(data.train, data.reader)
     else:
