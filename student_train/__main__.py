@@ -1,4 +1,4 @@
-"""python -m student_train [train] | evaluate: phase two on the command line."""
+"""python -m student_train [train] | evaluate | compare: phase two on the command line."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from common.errors import run_command
 from common.evaluate import write_results
 from common.runtime import choose_device, log, start_logging
 from student_train import loop
-from student_train.config import EvaluateConfig, TrainConfig, parse
+from student_train.compare import draw_curves, read_run, table
+from student_train.config import CompareConfig, EvaluateConfig, TrainConfig, parse
 from student_train.evaluate import average_precision, detect_split
+from student_train.run_folder import check_free_of_runs, record_evaluation
 
 
 def train(arguments: list[str]) -> None:
@@ -26,6 +28,8 @@ def evaluate(arguments: list[str]) -> None:
     """Evaluate a checkpoint; prints the AP and each class's."""
     config = parse(EvaluateConfig, arguments, "python -m student_train evaluate")
     start_logging()
+    if config.record is not None:
+        check_free_of_runs(config.record)
     device = choose_device(config.device)
     annotations = load_annotations(config.data, config.split)
     check_images(annotations)
@@ -39,12 +43,24 @@ def evaluate(arguments: list[str]) -> None:
     if config.detections is not None:
         write_results(config.detections, results)
     metrics = average_precision(annotations, results)
+    if config.record is not None:
+        parameters = sum(parameter.numel() for parameter in detector.parameters())
+        record_evaluation(config.record, f"evaluation of {config.checkpoint.name}", parameters, metrics)
     for name, ap in metrics.class_ap.items():
         log.info(f"{100 * ap:5.1f}  {name}")
     print(metrics)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "evaluate": evaluate}
+def compare(arguments: list[str]) -> None:
+    """Print a table of runs and draw their curves."""
+    config = parse(CompareConfig, arguments, "python -m student_train compare")
+    runs = [read_run(folder) for folder in config.runs]
+    print(table(runs))
+    draw_curves(runs, config.out)
+    print(f"curves: {config.out}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "evaluate": evaluate, "compare": compare}
 
 
 def main() -> None:

@@ -167,8 +167,20 @@ class EvaluateConfig:
     """Threads that decode images."""
     detections: OptionalPath = None
     """Also write the detections to this json file, in COCO's results format."""
+    record: OptionalPath = None
+    """Also note the result in this folder, as a run that `compare` shows beside others."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """A table of runs and a picture of their curves."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs, e.g. runs/*."""
+    out: Path = Path("compare.png")
+    """Where to draw AP and loss over steps."""
 
 
 def parse(config: type[Config], arguments: list[str], prog: str) -> Config:

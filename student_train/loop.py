@@ -68,6 +68,11 @@ class Training:
     best_ap: float = -math.inf
     totals: Totals = field(default_factory=Totals)
 
+    @property
+    def parameters(self) -> int:
+        """Of the student alone."""
+        return sum(parameter.numel() for parameter in self.student.detector.parameters())
+
 
 def train(config: TrainConfig) -> CocoMetrics:
     """Train as configured; returns the last evaluation."""
@@ -79,7 +84,7 @@ def train(config: TrainConfig) -> CocoMetrics:
     seed_generators(config.optimisation.seed, Ranks())  # every rank starts from the same weights
     training = start(config, data, device, ranks)
     run = RunFolder(config.output.out / run_name(config), writes=ranks.is_first)
-    run.start(config, data.reader.manifest if data.reader is not None else None)
+    run.start(config, data.reader.manifest if data.reader is not None else None, training.parameters)
     seed_generators(config.optimisation.seed, ranks)
     if config.output.resume:
         resume(training, load_checkpoint(run.last))
@@ -266,7 +271,6 @@ def resume(training: Training, checkpoint: Checkpoint) -> None:
 def description(config: TrainConfig, data: Data, training: Training, steps_per_epoch: int, total_steps: int) -> str:
     """What is about to happen, in a few words."""
     detector, options = training.student.detector, training.student.options
-    parameters = sum(parameter.numel() for parameter in detector.parameters())
     weights = {
         "logits": options.logits_weight,
         "features": options.feature_weight,
@@ -278,7 +282,7 @@ def description(config: TrainConfig, data: Data, training: Training, steps_per_e
         how = f"distilling {chosen} ({options.mode})" if chosen else "plainly on the samples"
         source = f"{how} of {data.reader.path} (teacher {data.reader.manifest.teacher.name})"
     return (
-        f"training {config.model.student} ({parameters / 1e6:.1f} M parameters) {source}:"
+        f"training {config.model.student} ({training.parameters / 1e6:.1f} M parameters) {source}:"
         f" {len(data.train.entries)} images, {total_steps} steps of {config.optimisation.batch_size} images,"
         f" {steps_per_epoch} an epoch, on {next(detector.parameters()).device}"
     )

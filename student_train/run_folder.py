@@ -13,9 +13,12 @@ from typing import Any
 
 from common.cache.schema import Manifest
 from common.errors import UserError
+from common.evaluate import CocoMetrics
 from common.runtime import software_versions
-from student_train.checkpoint import write_json
+from student_train.checkpoint import write_atomically, write_json
 from student_train.config import TrainConfig
+
+RUN, METRICS = "run.json", "metrics.jsonl"  # how a run was started; a line for each step and evaluation
 
 # What a continued run may have otherwise than the one it continues.
 FREE_TO_CHANGE = ("output", "data.data", "data.cache", "data.workers", "data.prefetch")
@@ -30,10 +33,10 @@ class RunFolder:
         self.last = path / "last.pt"
         self.last_weights = path / "last.safetensors"
         self.best_weights = path / "best.safetensors"
-        self.metrics = path / "metrics.jsonl"
-        self.record = path / "run.json"
+        self.metrics = path / METRICS
+        self.record = path / RUN
 
-    def start(self, config: TrainConfig, manifest: Manifest | None) -> None:
+    def start(self, config: TrainConfig, manifest: Manifest | None, parameters: int) -> None:
         """Make the folder and record what decides the run. UserError if another run is there already."""
         if not self._writes:
             return
@@ -50,11 +53,10 @@ class RunFolder:
         write_json(
             self.record,
             {
+                "what": what(config, manifest),
+                "parameters": parameters,
                 "config": as_json(config),
-                "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
-                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "versions": software_versions(),
-                "git_revision": _git_revision(),
+                **_circumstances(),
                 "store": None if manifest is None else manifest.to_json(),
             },
         )
@@ -73,6 +75,41 @@ class RunFolder:
         changed = [name for name in _differing(before, as_json(config)) if not name.startswith(FREE_TO_CHANGE)]
         if changed:
             raise UserError(f"{self.path} was started with another {', '.join(changed)}: a run continues as it began")
+
+
+def record_evaluation(folder: Path, what: str, parameters: int, metrics: CocoMetrics) -> None:
+    """Note the evaluation of a finished detector as a run without steps, so that `compare` can set it beside others.
+
+    UserError where a training run is there already.
+    """
+    check_free_of_runs(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} could not be made ({error.strerror}): name another with --record") from None
+    line = json.dumps({"step": 0, "epoch": 0, "evaluation": vars(metrics)}) + "\n"
+    write_atomically(folder / METRICS, lambda temporary: temporary.write_text(line, encoding="utf-8"))
+    write_json(folder / RUN, {"what": what, "parameters": parameters, **_circumstances()})
+
+
+def check_free_of_runs(folder: Path) -> None:
+    """UserError where a training run is, which a recorded evaluation must not replace; another evaluation it may."""
+    try:
+        trained = "config" in json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if trained:
+        raise UserError(f"{folder} holds a training run: name another folder with --record")
+
+
+def what(config: TrainConfig, manifest: Manifest | None) -> str:
+    """The student and how it is trained, in a few words."""
+    if manifest is None:
+        return f"{config.model.student}, plain"
+    options = config.distillation
+    weights = {"logits": options.logits_weight, "features": options.feature_weight}
+    chosen = [name for name, weight in (weights | {"assignment": options.assignment_weight}).items() if weight]
+    return f"{config.model.student}, {' + '.join(chosen) or 'plain'}"
 
 
 def run_name(config: TrainConfig) -> str:
@@ -98,6 +135,16 @@ def _differing(before: dict[str, Any], now: dict[str, Any], prefix: str = "") ->
         elif one != other:
             names.append(prefix + key)
     return names
+
+
+def _circumstances() -> dict[str, Any]:
+    """What, besides the configuration, repeating this process takes."""
+    return {
+        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": software_versions(),
+        "git_revision": _git_revision(),
+    }
 
 
 def _git_revision() -> str | None:
