@@ -106,6 +106,8 @@ class CachedBatch:
     None for float16. token_positions: (S,) int64, index of each token in its own sample's unpadded T. token_weights:
     (S,) float32, W(t)/pi(t), so that sum(weight * squared error) over kept tokens estimates the sum over all tokens.
     token_offsets: (B + 1,) int64 into S. level_shapes: (B, levels, 2) int64, each sample's own unpadded grids.
+    level_strides: (B, levels, 2) float32, pixels of the sample from token to token, down and across: the teacher's
+    strides, scaled where it resized the sample to its own input; None if they are the student's.
     queries (B, L, Q, C), logits (B, L, Q, K), boxes_cxcywh (B, L, Q, 4), quality (B, L, Q) in 0..1, all floating;
     assignment (B, L, Q) int64: which ground-truth box the teacher's own Hungarian matching gave the query, -1 for none.
     """
@@ -123,3 +125,4 @@ class CachedBatch:
     boxes_cxcywh: Tensor
     quality: Tensor
     assignment: Tensor
+    level_strides: Tensor | None = None

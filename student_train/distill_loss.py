@@ -6,17 +6,19 @@ what. A teacher's decoder layers are first mapped to the student's (`map_layers`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag, softplus
 
 from common.boxes import clip, cxcywh_to_xyxy, xyxy_to_cxcywh
 from common.geometry import token_positions_in_batch
 from common.matching import BoxWeights, box_cost, finite_cost, pairs_of, queries_of_boxes
 from common.records import CachedBatch, LevelShapes
+from common.resampling import bilinear_corners, match_levels, token_places, valid_shapes
 from common.runtime import mean_over_ranks
 from kernels import cached_feature_loss, hungarian, hungarian_start
 from student_train.set_loss import box_losses, queries_at
@@ -177,6 +179,14 @@ def soft_box_loss(
     return ((weights.l1 * l1 + weights.giou * giou) / counts[pairs.layer]).sum()
 
 
+def same_levels(cached: CachedBatch, strides: Sequence[int]) -> bool:
+    """Whether the student's levels, of these strides, are the teacher's, so that both have the same tokens."""
+    if cached.level_strides is None:
+        return True
+    own = cached.level_strides.new_tensor(strides).unsqueeze(1).expand(-1, 2)
+    return cached.level_strides.shape[1:] == own.shape and bool((cached.level_strides == own).all())
+
+
 def feature_loss(tokens: Tensor, level_shapes: LevelShapes, cached: CachedBatch) -> Tensor:
     """Target-aware feature distillation: mean over samples, their tokens and channels of W(t) (F_T(t) - F_S(t))^2.
 
@@ -203,6 +213,45 @@ def feature_loss(tokens: Tensor, level_shapes: LevelShapes, cached: CachedBatch)
         padded_positions,
         cached.token_weights * scale[sample_of_token],
         cached.token_offsets,
+        scales=cached.token_scales,
+        channel_scale=cached.channel_scale,
+        channel_shift=cached.channel_shift,
+    )
+
+
+def resampled_feature_loss(
+    tokens: Tensor, level_shapes: LevelShapes, token_mask: Tensor, strides: Sequence[int], cached: CachedBatch
+) -> Tensor:
+    """`feature_loss` for a teacher whose feature grids are not the student's.
+
+    Every teacher level is matched with the student's level of nearest stride, relative to the sample; tokens of levels
+    without one are left out of sum and mean. The student's features are interpolated at the teacher's token centres.
+
+    tokens: (B, T, C) of the student, in the teacher's width. level_shapes: of the padded batch. token_mask: (B, T) True
+    where padded. strides: of the student's levels.
+    """
+    assert cached.level_strides is not None
+    samples, device = len(cached.token_offsets) - 1, tokens.device
+    sample = torch.repeat_interleave(torch.arange(samples, device=device), cached.token_offsets.diff())
+    matched = match_levels(cached.level_strides, strides)  # (B, teacher levels)
+    places = token_places(cached.token_positions, sample, cached.level_shapes, cached.level_strides)
+    level = matched[sample, places.level]
+    filled = valid_shapes(token_mask, level_shapes)[sample, level.clamp(min=0)]
+    corners = bilinear_corners(places.centres_px, level.clamp(min=0), strides, level_shapes, filled)
+    interpolated = embedding_bag(
+        corners.indices + tokens.shape[1] * sample.unsqueeze(1),
+        tokens.flatten(0, 1),
+        per_sample_weights=corners.weights.to(tokens.dtype),
+        mode="sum",
+    )
+    counted = (cached.level_shapes.prod(dim=-1) * (matched >= 0)).sum(dim=1)
+    scale = (level >= 0) / (counted.clamp(min=1)[sample] * tokens.shape[-1] * samples)
+    return cached_feature_loss(
+        interpolated.unsqueeze(0),
+        cached.tokens,
+        torch.arange(len(sample), device=device),
+        cached.token_weights * scale,
+        torch.tensor([0, len(sample)], device=device),
         scales=cached.token_scales,
         channel_scale=cached.channel_scale,
         channel_shift=cached.channel_shift,

@@ -23,12 +23,13 @@ class StudentOutput:
 
     tokens: (B, T, C of the teacher) for the feature loss, None without it. teacher_group: what the student's decoder
     makes of the teacher's Q queries, logits (B, L, Q, K) and boxes_cxcywh (B, L, Q, 4), None without assignment
-    distillation.
+    distillation. strides: of the student's feature levels.
     """
 
     output: DetectorOutput
     tokens: Tensor | None = None
     teacher_group: tuple[Tensor, Tensor] | None = None
+    strides: tuple[int, ...] = ()
 
 
 class StudentInTraining(nn.Module):
@@ -84,7 +85,8 @@ class StudentInTraining(nn.Module):
             proposals=own.proposals,
         )
         tokens = self.token_projection(encoded.memory) if self.token_projection is not None else None
-        return StudentOutput(output, tokens, (teacher[0].logits, teacher[0].boxes_cxcywh) if teacher else None)
+        group = (teacher[0].logits, teacher[0].boxes_cxcywh) if teacher else None
+        return StudentOutput(output, tokens, group, self.detector.strides)
 
     def parameter_groups(self, lr: float, backbone_scale: float | None) -> list[dict[str, object]]:
         """The detector's groups, and the projections at the full learning rate."""

@@ -45,7 +45,12 @@ def _distillation_losses(
     output, boxes = student.output, truth.labels.shape[1]
     losses: Losses = {}
     if student.tokens is not None:
-        feature_loss = distill.feature_loss(student.tokens, output.level_shapes, cached)
+        if distill.same_levels(cached, student.strides):
+            feature_loss = distill.feature_loss(student.tokens, output.level_shapes, cached)
+        else:
+            feature_loss = distill.resampled_feature_loss(
+                student.tokens, output.level_shapes, output.token_mask, student.strides, cached
+            )
         losses["features"] = options.feature_weight * feature_loss
     if student.teacher_group is not None:  # under the teacher's own assignment or, released, the student's
         if options.mode == "paper":

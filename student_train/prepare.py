@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from common.augment import AugmentPolicy, evaluation_policy, policy_of_sizes
+from common.cache.plan import level_strides
 from common.cache.reader import CacheReader
 from common.coco import Annotations, check_images, load_annotations
 from common.detr.config import DetectorConfig
@@ -15,6 +16,7 @@ from common.detr.detector import DeformableDetr
 from common.detr.weights import load_backbone, load_detector
 from common.errors import UserError
 from common.images import pixel_fingerprint
+from common.resampling import match_levels
 from common.runtime import Ranks, log
 from student_train.config import DataOptions, ModelOptions, TrainConfig
 from student_train.feed import CachedViews, Feed, FreshViews
@@ -119,13 +121,33 @@ def prepare_student(config: TrainConfig, data: Data) -> StudentInTraining:
         distillation = replace(distillation, logits_weight=0.0, feature_weight=0.0, assignment_weight=0.0)
         return StudentInTraining(detector, distillation, detector.config.width, None)
     teacher = reader.manifest.teacher
-    if distillation.feature_weight and tuple(detector.strides) != tuple(teacher.strides):
-        raise UserError(
-            f"feature distillation expects the teacher's feature levels (strides {teacher.strides}), but the student"
-            f" has {tuple(detector.strides)}: choose a student of the same levels, or --feature-weight 0"
-        )
+    if distillation.feature_weight:
+        for line in match_report(reader, detector.strides):
+            log.info(line)
     queries: Tensor | None = reader.constants.get("query_embeddings")
     return StudentInTraining(detector, distillation, teacher.channels, queries)
+
+
+def match_report(reader: CacheReader, strides: tuple[int, ...]) -> list[str]:
+    """Which of the teacher's feature levels the student, with levels of these strides, learns from; none if all are
+    its own. UserError if it learns from no level."""
+    teacher, sizes = reader.manifest.teacher, reader.table.augmentation[:, 5:7]
+    if teacher.input_size is None and teacher.strides == tuple(strides):
+        return []
+    in_samples = torch.from_numpy(level_strides(teacher, sizes[:, 0], sizes[:, 1]))
+    matched = match_levels(in_samples, strides)  # (N, levels): differs with the size of the sample
+    lines = []
+    for level, stride in enumerate(teacher.strides):
+        pixels = float(in_samples[:, level].log().mean().exp())
+        partners = [str(strides[index]) for index in sorted({*matched[:, level].tolist()} - {-1})]
+        learnt = f"matched with the student's of stride {' or '.join(partners)}" if partners else "left out"
+        lines.append(f"the teacher's level of stride {stride}, {pixels:.3g} pixels of a sample on average, is {learnt}")
+    if not bool((matched >= 0).any()):
+        raise UserError(
+            f"feature distillation expects feature levels of like strides, but the teacher's {teacher.strides} are all"
+            f" far from the student's {tuple(strides)} in pixels of the sample: use --feature-weight 0"
+        )
+    return lines
 
 
 def inherit(detector: DeformableDetr, source: DeformableDetr) -> str:
