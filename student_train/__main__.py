@@ -1,27 +1,30 @@
-"""python -m student_train [train] | evaluate | compare: phase two on the command line."""
+"""python -m student_train [train] | evaluate | compare | picture: phase two on the command line."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 from common.augment import evaluation_policy, policy_of_sizes
 from common.coco import check_images, load_annotations
 from common.detr.weights import load_detector
 from common.errors import run_command
 from common.evaluate import write_results
-from common.runtime import choose_device, log, start_logging
+from common.runtime import choose_device, log, read_ranks, start_logging
 from student_train import loop
 from student_train.compare import draw_curves, read_run, table
-from student_train.config import CompareConfig, EvaluateConfig, TrainConfig, parse
+from student_train.config import CompareConfig, EvaluateConfig, PictureConfig, TrainConfig, parse
 from student_train.evaluate import average_precision, detect_split
+from student_train.picture import draw_detections
 from student_train.run_folder import check_free_of_runs, record_evaluation
 
 
 def train(arguments: list[str]) -> None:
     """Train a student; the last line on stdout is its AP."""
     metrics = loop.train(parse(TrainConfig, arguments, "python -m student_train"))
-    print(metrics)
+    if read_ranks().is_first:
+        print(metrics)
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -60,7 +63,30 @@ def compare(arguments: list[str]) -> None:
     print(f"curves: {config.out}")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "evaluate": evaluate, "compare": compare}
+def picture(arguments: list[str]) -> None:
+    """Draw what some checkpoints find in some images."""
+    config = parse(PictureConfig, arguments, "python -m student_train picture")
+    start_logging()
+    device = choose_device(config.device)
+    annotations = load_annotations(config.data, config.split)
+    shown = replace(annotations, entries=annotations.entries[: config.images])
+    check_images(shown)
+    results = {}
+    for checkpoint in config.checkpoints:
+        detector, _ = load_detector(checkpoint, category_ids=annotations.category_ids)
+        policy = evaluation_policy(policy_of_sizes(config.sizes))
+        name = checkpoint.parent.name or checkpoint.name
+        results[name] = detect_split(detector.to(device), shown, policy, batch_size=1, workers=1)
+    draw_detections(shown, results, config.out, config.min_score)
+    print(f"picture: {config.out}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "compare": compare,
+    "picture": picture,
+}
 
 
 def main() -> None:
