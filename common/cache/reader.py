@@ -1,43 +1,47 @@
-"""Reading records for training: byte ranges from the shard index straight into batch buffers.
+"""Reading records for training: byte ranges of shard files straight into batch buffers.
 
 zarr-python reads any store too (the tests compare every byte) but re-reads the shard index on each call and fetches
-page by page. Here a sample's pages, which stand side by side, arrive with one `preadv` per field, which releases the
-GIL, in a few threads of the training process: DataLoader workers would send megabytes through a pipe.
+page by page. Here a sample's pages, which stand side by side, are read by compiled code without the GIL, in a few
+threads of the training process: DataLoader workers would send megabytes through a pipe.
 """
 
 from __future__ import annotations
 
-import os
-import weakref
-from collections import OrderedDict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
+from typing import Literal
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import torch
-import zarr
 from torch import Tensor
 
-from common.cache.plan import SampleTable
-from common.cache.schema import ATTRIBUTE, CHECKSUM_BYTES, INDEX_ENTRY_BYTES, MISSING, Field, Manifest
-from common.cache.writer import CONSTANTS_GROUP, finished_shards, read_skipped, read_table, shard_path
+from common.cache.pages import REASONS, WHOLE, Ranges, memory_at, read_pages
+from common.cache.plan import SampleTable, level_strides
+from common.cache.schema import ATTRIBUTE, CHECKSUM_BYTES, Manifest
+from common.cache.shards import DamagedShard, LocalCopies, LocalShard, OpenShard, OpenShards, RemoteShard
+from common.cache.storage import Bucket, Location, Storage, locate, read_array
+from common.cache.writer import CONSTANTS_GROUP, finished_shards, read_skipped, read_table, shard_key
 from common.errors import UserError
 from common.records import CachedBatch
 
-Integers = npt.NDArray[np.int64]
+READ_THREADS = 2  # more gain nothing from a page cache; from a fast disk that is not cached they may
+REQUESTS = 16  # to a bucket, at once
 
-OPEN_FILES = 256
-READ_THREADS = 2
-BUFFERS_PER_CALL = 1000  # below every system's IOV_MAX of 1024
+Verify = Literal["first", "always", "never"]
+Rows = npt.NDArray[np.int64]
 
 
 class CorruptRecord(UserError):
-    """A page whose checksum does not match, or a file that ends too early."""
+    """A record that is damaged, or that its shard's damage puts out of reach: which one, and where it is."""
+
+    def __init__(self, message: str, *, row: int, image_id: int, view: int, shard: int) -> None:
+        super().__init__(message)
+        self.row, self.image_id, self.view, self.shard = row, image_id, view, shard
 
 
 @dataclass
@@ -58,23 +62,52 @@ class BatchBuffers:
             self._flat[name] = flat
         return flat[:size].view(*shape)
 
+    def converted(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of a tensor in another type."""
+        return self.tensor(f"{name} as {dtype}", tensor.shape, str(dtype).removeprefix("torch.")).copy_(tensor)
+
 
 class CacheReader:
-    """A store, opened for reading. `complete` says whether every shard is there; `rows` lists what can be read."""
+    """A store, opened for reading. `complete` says whether every shard is there; `rows` lists what can be read.
 
-    def __init__(self, path: Path | str, *, verify: bool = True, threads: int = READ_THREADS) -> None:
-        self.path = Path(path)
-        self.manifest = read_manifest(self.path)
-        self.table: SampleTable = read_table(self.path)
+    store: a folder, or a URL such as s3://bucket/store.zarr. verify: compare checksums when this process reads a record
+    for the first time (a training run reads each many times, and memory is not what breaks), always, or never.
+    local_cache: where to keep copies of a bucket's shards, at most local_cache_bytes of them.
+    """
+
+    def __init__(
+        self,
+        store: Location,
+        *,
+        verify: Verify = "first",
+        threads: int = READ_THREADS,
+        local_cache: Path | None = None,
+        local_cache_bytes: int | None = None,
+    ) -> None:
+        self.storage = locate(store)
+        self.path = store
+        self.manifest = read_manifest(self.storage)
+        with _damage_explained(self.storage):
+            self.table: SampleTable = read_table(self.storage)
+            self.constants = read_constants(self.storage)
+            skipped = read_skipped(self.storage)
         self.fields = self.manifest.fields()
-        self.constants = read_constants(self.path)
-        finished = finished_shards(self.path, self.manifest)
-        self.finished_shards = finished
-        self._readable = finished[np.arange(len(self.table)) // self.manifest.layout.shard_samples]
-        self._readable[read_skipped(self.path)] = False
+        self.finished_shards = finished_shards(self.storage, self.manifest)
+        self._readable = np.repeat(self.finished_shards, self.manifest.layout.shard_samples)[: len(self.table)]
+        self._readable[skipped] = False
         self._verify = verify
-        self._shards = _OpenShards(self.path, self.manifest)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="cache-reader")
+        self._verified = np.zeros(len(self.table), dtype=bool)
+        layout = self.manifest.layout
+        self._per_token = np.array([f.per == "token" for f in self.fields])
+        self._row_bytes = np.array([f.row_bytes for f in self.fields])
+        self._page_bytes = np.array([layout.page_bytes(f) - CHECKSUM_BYTES for f in self.fields])
+        remote = isinstance(self.storage, Bucket)
+        self.copies: LocalCopies | None = None
+        if isinstance(self.storage, Bucket) and local_cache is not None:
+            self.copies = LocalCopies(self.storage, self.manifest, local_cache, local_cache_bytes)
+        self._shards = OpenShards(self.storage, self.manifest, self.table, self.copies)
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(REQUESTS if remote else max(1, threads - 1), "cache-reader")
 
     def __len__(self) -> int:
         return len(self.table)
@@ -90,162 +123,186 @@ class CacheReader:
 
     def read(self, rows: Sequence[int] | npt.NDArray[np.intp], buffers: BatchBuffers | None = None) -> CachedBatch:
         """The records of these samples, in this order. CorruptRecord names the sample and the shard."""
-        rows = np.asarray(rows, dtype=np.int64)
-        counts = self.table.token_count[rows].astype(np.int64)
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        buffers = buffers or BatchBuffers()
-        tensors = {
-            f.name: buffers.tensor(f.name, (offsets[-1] if f.per == "token" else len(rows), *f.row_shape), f.dtype)
-            for f in self.fields
-        }
-        flat = {name: _bytes_of(tensor) for name, tensor in tensors.items()}
+        batch, damaged = self._read(np.asarray(rows, dtype=np.int64), buffers or BatchBuffers())
+        if damaged:
+            raise damaged[0]
+        return batch
 
-        def read_sample(index: int) -> None:
-            for f in self.fields:
-                first, last = (offsets[index], offsets[index + 1]) if f.per == "token" else (index, index + 1)
-                self._read_field(f, int(rows[index]), flat[f.name][first * f.row_bytes : last * f.row_bytes])
-
-        list(self._pool.map(read_sample, range(len(rows))))
-        return self._batch(rows, offsets, tensors)
+    def read_sound(
+        self, rows: Sequence[int] | npt.NDArray[np.intp], buffers: BatchBuffers | None = None
+    ) -> tuple[CachedBatch, tuple[CorruptRecord, ...]]:
+        """The records of those samples that can be read, in this order, and what is wrong with each of the others."""
+        left, buffers = np.asarray(rows, dtype=np.int64), buffers or BatchBuffers()
+        dropped: tuple[CorruptRecord, ...] = ()
+        while True:
+            batch, damaged = self._read(left, buffers)
+            if not damaged:
+                return batch, dropped
+            dropped += damaged
+            left = left[~np.isin(left, [error.row for error in damaged])]
 
     def close(self) -> None:
-        self._pool.shutdown()
+        self._pool.shutdown(cancel_futures=True)
+        if self.copies is not None:
+            self.copies.close()
         self._shards.close()
 
-    def _read_field(self, field: Field, row: int, into: npt.NDArray[np.uint8]) -> None:
+    def _read(self, rows: Rows, buffers: BatchBuffers) -> tuple[CachedBatch, tuple[CorruptRecord, ...]]:
+        """A batch; the records named as corrupt have no meaning in it."""
+        counts = self.table.token_count[rows].astype(np.int64)
+        token_offsets = np.concatenate([[0], np.cumsum(counts)])
+        tensors = [
+            buffers.tensor(f.name, (int(token_offsets[-1]) if f.per == "token" else len(rows), *f.row_shape), f.dtype)
+            for f in self.fields
+        ]
+        # What to read, (samples, fields): where it begins in its shard file, where it goes, how much it is.
         layout = self.manifest.layout
-        shard, row_in_shard = divmod(row, layout.shard_samples)
-        if field.per == "token":
-            row_in_shard = int(self.table.token_offset[row]) - shard * layout.shard_tokens
-        page_bytes = layout.page_bytes(field) - CHECKSUM_BYTES
-        first_page, pages = row_in_shard // layout.page_rows(field), -(-len(into) // page_bytes)
-        try:
-            opened = self._shards.get(field, shard)
-            opened.read(first_page, pages, page_bytes, into, self._verify)
-        except (OSError, EOFError, ValueError) as error:
-            image_id, view = self.table.image_id[row], self.table.view[row]
-            raise CorruptRecord(
-                f"{shard_path(self.path, field, shard)}: the record of image {image_id}, view {view} is damaged:"
-                f" {error};"
-                f" `python -m teacher_dump verify {self.path}` lists all damage, dumping again mends it"
-            ) from None
+        shards, row_in_shard = np.divmod(rows, layout.shard_samples)
+        page_in_shard = (self.table.token_offset[rows] - shards * layout.shard_tokens) // layout.page_tokens
+        first_page = np.where(self._per_token, page_in_shard[:, None], row_in_shard[:, None])
+        first_row = np.where(self._per_token, token_offsets[:-1, None], np.arange(len(rows))[:, None])
+        parts = _Parts(
+            offset=first_page * (self._page_bytes + CHECKSUM_BYTES),
+            address=first_row * self._row_bytes + np.array([tensor.data_ptr() for tensor in tensors]),
+            size=np.where(self._per_token, counts[:, None], 1) * self._row_bytes,
+        )
 
-    def _batch(
-        self, rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], read: dict[str, Tensor]
-    ) -> CachedBatch:
-        positions = read.get("token_positions")
-        if positions is None:
-            positions = torch.cat([torch.arange(int(n)) for n in np.diff(offsets)]) if len(rows) else torch.zeros(0)
+        opened = {index: self._open(int(shard)) for index, shard in enumerate(shards)}
+        damaged = {index: shard for index, shard in opened.items() if isinstance(shard, DamagedShard)}
+        local = {index: shard for index, shard in opened.items() if isinstance(shard, LocalShard)}
+        remote = {index: shard for index, shard in opened.items() if isinstance(shard, RemoteShard)}
+        verify = self._verify == "always" or (self._verify == "first" and not self._verified[rows].all())
+        if local:
+            damaged |= self._read_local(local, parts, shards, verify)
+        if remote:
+            damaged |= self._read_remote(remote, parts)
+        if verify:
+            self._verified[np.delete(rows, list(damaged))] = True
+        read = {field.name: tensor for field, tensor in zip(self.fields, tensors, strict=True)}
+        errors = tuple(self._corrupt(int(rows[index]), damage) for index, damage in sorted(damaged.items()))
+        return self._batch(rows, token_offsets, read, buffers), errors
+
+    def _open(self, shard: int) -> OpenShard | DamagedShard:
+        try:
+            return self._shards.get(shard)
+        except DamagedShard as error:
+            return error
+
+    def _read_local(
+        self, local: dict[int, LocalShard], parts: _Parts, shards: Rows, verify: bool
+    ) -> dict[int, DamagedShard]:
+        """Read samples of open files; returns what is wrong with those that are damaged."""
+        chosen = np.array(list(local))
+        size = parts.size[chosen].reshape(-1)
+        ranges = Ranges(
+            file=np.array([opened.descriptors for opened in local.values()], dtype=np.int64).reshape(-1),
+            offset=parts.offset[chosen].reshape(-1),
+            page_bytes=np.tile(self._page_bytes, len(chosen)),
+            address=parts.address[chosen].reshape(-1),
+            size=size,
+        )
+        # Each thread gets neighbouring ranges of about the same number of bytes; the last is this one.
+        ends = np.cumsum(size)
+        cuts = np.searchsorted(ends, ends[-1] * np.arange(1, self._threads) // self._threads).tolist()
+        *spans, own = zip([0, *cuts], [*cuts, len(size)], strict=True)
+        others = [self._pool.submit(read_pages, ranges, *span, verify) for span in spans]
+        found = [read_pages(ranges, *own, verify)]
+        states = np.concatenate([other.result() for other in others] + found).reshape(len(chosen), len(self.fields))
+        return {
+            int(chosen[i]): DamagedShard(shard_key(self.fields[f], int(shards[chosen[i]])), REASONS[int(states[i, f])])
+            for i, f in np.argwhere(states != WHOLE)
+        }
+
+    def _read_remote(self, remote: dict[int, RemoteShard], parts: _Parts) -> dict[int, DamagedShard]:
+        """Read samples of a bucket, REQUESTS fields at a time; returns what is wrong with those that are damaged."""
+
+        def read(index: int, f: int) -> DamagedShard | None:
+            into = memory_at(int(parts.address[index, f]), int(parts.size[index, f]))
+            try:
+                remote[index].read_pages(f, int(parts.offset[index, f]), int(self._page_bytes[f]), into)
+            except DamagedShard as error:
+                return error
+            return None
+
+        asked = {index: [self._pool.submit(read, index, f) for f in range(len(self.fields))] for index in remote}
+        wait([future for futures in asked.values() for future in futures])  # none may write to the buffers any more
+        results = ((index, future.result()) for index, futures in asked.items() for future in futures)
+        return {index: damage for index, damage in results if damage is not None}
+
+    def _corrupt(self, row: int, damage: DamagedShard) -> CorruptRecord:
+        image_id, view = int(self.table.image_id[row]), int(self.table.view[row])
+        return CorruptRecord(
+            f"{self.storage}/{damage.key}: the record of image {image_id}, view {view} is damaged: {damage.reason};"
+            f" `python -m teacher_dump verify {self.storage}` lists all damage, `repair` mends it",
+            row=row,
+            image_id=image_id,
+            view=view,
+            shard=row // self.manifest.layout.shard_samples,
+        )
+
+    def _batch(self, rows: Rows, token_offsets: Rows, read: dict[str, Tensor], buffers: BatchBuffers) -> CachedBatch:
+        if "token_positions" in read:
+            positions = buffers.converted("token_positions", read["token_positions"], torch.int64)
+        else:
+            counts = np.diff(token_offsets)
+            positions = torch.from_numpy(np.arange(token_offsets[-1]) - np.repeat(token_offsets[:-1], counts))
+        sizes = self.table.augmentation[rows, 5:7]  # height, width
         return CachedBatch(
             tokens=read["tokens"],
             token_scales=read.get("token_scales"),
             channel_scale=self.constants.get("channel_scale"),
             channel_shift=self.constants.get("channel_shift"),
-            token_positions=positions.long(),
+            token_positions=positions,
             token_weights=read["token_weights"],
-            token_offsets=torch.from_numpy(offsets),
+            token_offsets=torch.from_numpy(token_offsets),
             level_shapes=torch.from_numpy(self.table.level_shapes[rows].astype(np.int64)),
             queries=read["queries"],
             logits=read["logits"],
             boxes_cxcywh=read["boxes_cxcywh"],
             quality=read["quality"],
-            assignment=read["assignment"].long(),
+            assignment=buffers.converted("assignment", read["assignment"], torch.int64),
+            level_strides=torch.from_numpy(level_strides(self.manifest.teacher, sizes[:, 0], sizes[:, 1])),
         )
 
 
-class _OpenShard:
-    """An open shard file of one field and its index, (pages, 2) of offset and length."""
+@dataclass(frozen=True)
+class _Parts:
+    """What to read of a batch, each (samples, fields) int64: byte offset in a shard file, address, size in bytes."""
 
-    def __init__(self, path: Path, pages: int) -> None:
-        self._fd = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._fd)
-        size = pages * INDEX_ENTRY_BYTES
-        end = os.fstat(self._fd).st_size
-        tail = np.empty(size + CHECKSUM_BYTES, dtype=np.uint8)
-        if end < len(tail) or os.preadv(self._fd, [tail], end - len(tail)) != len(tail):
-            raise EOFError("the file ends before its index")
-        if google_crc32c.value(tail[:size]) != int(tail[size:].view("<u4")[0]):
-            raise ValueError("the checksum of the shard index does not match")
-        self._index = tail[:size].view("<u8").reshape(pages, 2)
-
-    def read(self, first: int, pages: int, page_bytes: int, into: npt.NDArray[np.uint8], verify: bool) -> None:
-        """Read whole pages into `into`; what the last page has beyond its end is read aside."""
-        offset = int(self._index[first, 0])
-        if offset == MISSING:
-            raise ValueError("its pages were never written")
-        expected = np.uint64(offset) + np.arange(pages, dtype=np.uint64) * np.uint64(page_bytes + CHECKSUM_BYTES)
-        if not np.array_equal(self._index[first : first + pages, 0], expected):
-            raise ValueError("its pages do not stand side by side")
-        spare = np.empty(pages * page_bytes - len(into), dtype=np.uint8)
-        sums = np.empty((pages, CHECKSUM_BYTES), dtype=np.uint8)
-        parts: list[npt.NDArray[np.uint8]] = []
-        for page in range(pages):
-            parts.append(into[page * page_bytes : (page + 1) * page_bytes])
-            if page == pages - 1 and len(spare):
-                parts.append(spare)
-            parts.append(sums[page])
-        for start in range(0, len(parts), BUFFERS_PER_CALL):
-            chunk = parts[start : start + BUFFERS_PER_CALL]
-            size = sum(len(part) for part in chunk)
-            if os.preadv(self._fd, chunk, offset) != size:
-                raise EOFError("the file ends too early")
-            offset += size
-        if verify:
-            stored = sums.view("<u4")[:, 0]
-            for page in range(pages):
-                value = google_crc32c.value(into[page * page_bytes : (page + 1) * page_bytes])
-                if page == pages - 1 and len(spare):
-                    value = google_crc32c.extend(value, spare)
-                if value != stored[page]:
-                    raise ValueError(f"the checksum of page {first + page} does not match")
+    offset: Rows
+    address: Rows
+    size: Rows
 
 
-class _OpenShards:
-    """The most recently used shard files, kept open.
-
-    A file that falls out of use is closed when the last reader lets go of it, so that no thread reads a closed one.
-    """
-
-    def __init__(self, store: Path, manifest: Manifest) -> None:
-        self._store, self._layout = store, manifest.layout
-        self._open: OrderedDict[tuple[str, int], _OpenShard] = OrderedDict()
-        self._lock = Lock()
-
-    def get(self, field: Field, shard: int) -> _OpenShard:
-        key = (field.name, shard)
-        with self._lock:
-            opened = self._open.get(key)
-            if opened is None:
-                opened = _OpenShard(shard_path(self._store, field, shard), self._layout.shard_pages(field))
-                self._open[key] = opened
-                if len(self._open) > OPEN_FILES:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(key)
-            return opened
-
-    def close(self) -> None:
-        with self._lock:
-            self._open.clear()
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of the store at `path`. UserError if there is none."""
-    if not (path / "zarr.json").is_file():
-        raise UserError(
-            f"{path}: expected a store written by `python -m teacher_dump`, found"
-            f" {'a folder without zarr.json' if path.exists() else 'nothing'}; name the store with --cache"
-        )
+def read_manifest(store: Location) -> Manifest:
+    """The manifest of a store. UserError if there is none."""
+    storage = locate(store)
     try:
-        attributes = zarr.open_group(path, mode="r").attrs
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path}/zarr.json is not a Zarr v3 group ({error}); dump the store again") from None
-    return Manifest.from_json(attributes.get(ATTRIBUTE), str(path))
+        metadata = storage.read("zarr.json")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{storage}: expected a store written by `python -m teacher_dump`, found nothing of that kind"
+            " (no zarr.json); name the store with --cache"
+        ) from None
+    try:
+        attributes = json.loads(metadata)["attributes"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{storage}/zarr.json is not a Zarr v3 group ({error!r}); dump the store again") from None
+    return Manifest.from_json(attributes.get(ATTRIBUTE), str(storage))
 
 
-def read_constants(path: Path) -> dict[str, Tensor]:
-    group = zarr.open_group(path, path=CONSTANTS_GROUP, mode="r")
-    return {name: torch.from_numpy(np.asarray(array[:])) for name, array in group.arrays()}
+def read_constants(store: Location) -> dict[str, Tensor]:
+    """The teacher's constants. OSError or ValueError if they are missing or damaged."""
+    storage = locate(store)
+    names = sorted(storage.folders(CONSTANTS_GROUP))
+    return {name: torch.from_numpy(read_array(storage, f"{CONSTANTS_GROUP}/{name}").copy()) for name in names}
 
 
-def _bytes_of(tensor: Tensor) -> npt.NDArray[np.uint8]:
-    return tensor.view(-1).view(torch.uint8).numpy()
+@contextmanager
+def _damage_explained(storage: Storage) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{storage}: the sample table or another array that all samples need is damaged ({error}); dump it again"
+        ) from None

@@ -3,13 +3,12 @@
 A shard of a field is streamed to a temporary file beside its final place: pages in row order, each followed by its
 crc32c, then the index. When all fields of the shard are on disk they are renamed into place. A killed process leaves
 at most temporary files, which the next one removes; a shard counts as written when every field's file is there.
+In a bucket a shard is assembled in memory (about SHARD_BYTES; twice that while the one before is on its way) and put.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,58 +21,70 @@ from zarr.codecs import Crc32cCodec
 
 from common.cache.plan import Plan, SampleTable
 from common.cache.schema import ATTRIBUTE, MISSING, Field, Layout, Manifest
+from common.cache.storage import TEMPORARY as TEMPORARY
+from common.cache.storage import Location, NewFile, Storage, checked, locate, read_array
 
 TABLE_GROUP, CONSTANTS_GROUP = "samples", "teacher"
-TABLE_CHUNK_ROWS = 65536
-TEMPORARY = ".partial"
 SKIPPED = "skipped"  # array of a store: 1 for each sample whose image could not be decoded
 CHECKSUMS = "crc32c"  # group attribute: checksum of the manifest and of every array's zarr.json
 
 Record = Mapping[str, npt.NDArray[Any]]
 
 
-def create_store(path: Path, manifest: Manifest, plan: Plan, constants: Mapping[str, npt.NDArray[np.float32]]) -> None:
-    """Write everything of a store but its shards; the store appears at `path` by one rename.
+def create_store(
+    store: Location, manifest: Manifest, plan: Plan, constants: Mapping[str, npt.NDArray[np.float32]]
+) -> None:
+    """Write everything of a store but its shards; the store appears all at once.
 
     constants: what the teacher has once and not per sample, such as its query embeddings.
     """
-    building = path.with_name(f"{path.name}{TEMPORARY}-{os.getpid()}")
-    shutil.rmtree(building, ignore_errors=True)
-    group = zarr.create_group(building, zarr_format=3, attributes={ATTRIBUTE: manifest.to_json()})
-    for field in manifest.fields():
-        _create_field(group, field, manifest.layout)
-    table = group.create_group(TABLE_GROUP)
-    for name, column in vars(plan.table).items():
-        chunks = (min(TABLE_CHUNK_ROWS, len(column)), *column.shape[1:])
-        table.create_array(name, data=column, chunks=chunks, compressors=[Crc32cCodec()])
-    teacher = group.create_group(CONSTANTS_GROUP)
-    for name, constant in constants.items():
-        teacher.create_array(name, data=constant, chunks=constant.shape, compressors=[Crc32cCodec()])
-    shard_samples = (manifest.layout.shard_samples,)
-    group.create_array(
-        SKIPPED,
-        shape=(len(plan.table),),
-        chunks=shard_samples,
-        dtype="uint8",
-        compressors=[Crc32cCodec()],
-        fill_value=0,
-    )
-    group.attrs[CHECKSUMS] = metadata_checksums(building, manifest)
-    building.rename(path)
+
+    def build(folder: Path) -> None:
+        group = zarr.create_group(folder, zarr_format=3, attributes={ATTRIBUTE: manifest.to_json()})
+        for field in manifest.fields():
+            _create_field(group, field, manifest.layout)
+        for name, arrays in ((TABLE_GROUP, vars(plan.table)), (CONSTANTS_GROUP, constants)):
+            inner = group.create_group(name)
+            for array_name, array in arrays.items():
+                # One chunk: the reader maps it into memory instead of reading it.
+                inner.create_array(
+                    array_name,
+                    data=array,
+                    chunks=array.shape,
+                    compressors=[Crc32cCodec()],
+                    config={"write_empty_chunks": True},  # a chunk of zeros, too, must be there with its checksum
+                )
+        group.create_array(
+            SKIPPED,
+            shape=(len(plan.table),),
+            chunks=(manifest.layout.shard_samples,),
+            dtype="uint8",
+            compressors=[Crc32cCodec()],
+            fill_value=0,
+        )
+        group.attrs[CHECKSUMS] = metadata_checksums(folder, manifest)
+
+    locate(store).create(build)
 
 
-def metadata_checksums(store: Path, manifest: Manifest) -> dict[str, int]:
+def metadata_checksums(store: Location, manifest: Manifest) -> dict[str, int]:
     """crc32c of the manifest, as json without spaces and with sorted keys, and of the bytes of every other zarr.json.
 
-    Shards and the sample table carry their own checksums; these cover the rest of a store.
+    Shards and the sample table carry their own checksums; these cover the rest of a store. -1 for a missing file.
     """
+    storage = locate(store)
     canonical = json.dumps(manifest.to_json(), sort_keys=True, separators=(",", ":")).encode()
-    files = sorted(
-        str(path.relative_to(store)) for pattern in ("*", "*/*") for path in store.glob(f"{pattern}/zarr.json")
-    )
-    return {ATTRIBUTE: google_crc32c.value(canonical)} | {
-        name: google_crc32c.value((store / name).read_bytes()) for name in files
-    }
+    folders = [TABLE_GROUP, CONSTANTS_GROUP, SKIPPED, *(field.name for field in manifest.fields())]
+    folders += [f"{group}/{name}" for group in (TABLE_GROUP, CONSTANTS_GROUP) for name in storage.folders(group)]
+    keys = sorted(f"{folder}/zarr.json" for folder in folders)
+    return {ATTRIBUTE: google_crc32c.value(canonical)} | {key: _checksum_of(storage, key) for key in keys}
+
+
+def _checksum_of(storage: Storage, key: str) -> int:
+    try:
+        return int(google_crc32c.value(storage.read(key)))
+    except FileNotFoundError:
+        return -1
 
 
 def _create_field(group: zarr.Group, field: Field, layout: Layout) -> None:
@@ -86,20 +97,31 @@ def _create_field(group: zarr.Group, field: Field, layout: Layout) -> None:
         dtype=field.dtype,
         compressors=[Crc32cCodec()],
         fill_value=0,
+        chunk_key_encoding={"name": "default", "separator": "."},  # all shards of a field in one folder
     )
 
 
+def shard_key(field: Field, shard: int) -> str:
+    """Where Zarr's default chunk key encoding, with dots, puts a shard: only the first dimension is cut."""
+    return f"{field.name}/{_shard_name(field, shard)}"
+
+
 def shard_path(store: Path, field: Field, shard: int) -> Path:
-    """Where Zarr's default chunk key encoding puts a shard: only the first dimension is cut."""
-    return store.joinpath(field.name, "c", str(shard), *("0" for _ in field.row_shape))
+    """The file of one shard of one field, of a store in the file system."""
+    return store / shard_key(field, shard)
 
 
-def finished_shards(store: Path, manifest: Manifest) -> npt.NDArray[np.bool_]:
-    """(shards,) True where every field's file is in place."""
-    fields = manifest.fields()
-    here = np.zeros(manifest.layout.shards, dtype=bool)
-    for shard in range(len(here)):
-        here[shard] = all(shard_path(store, field, shard).exists() for field in fields)
+def _shard_name(field: Field, shard: int) -> str:
+    return f"c.{shard}" + ".0" * len(field.row_shape)
+
+
+def finished_shards(store: Location, manifest: Manifest) -> npt.NDArray[np.bool_]:
+    """(shards,) True where every field's file is in place. Lists each field's folder once."""
+    storage, shards = locate(store), range(manifest.layout.shards)
+    here = np.ones(len(shards), dtype=bool)
+    for field in manifest.fields():
+        names = set(storage.names(field.name))
+        here &= np.fromiter((_shard_name(field, shard) in names for shard in shards), dtype=bool, count=len(shards))
     return here
 
 
@@ -109,11 +131,12 @@ class ShardWriter:
     When anything fails, nothing of the shard remains.
     """
 
-    def __init__(self, store: Path, manifest: Manifest, shard: int) -> None:
+    def __init__(self, store: Location, manifest: Manifest, shard: int) -> None:
+        self._storage, self._shard, self._layout = locate(store), shard, manifest.layout
         self._files = {
-            field: _ShardFile(shard_path(store, field, shard), field, manifest.layout) for field in manifest.fields()
+            field: _ShardFile(self._storage.new_file(shard_key(field, shard)), field, manifest.layout)
+            for field in manifest.fields()
         }
-        self._store, self._shard, self._layout = store, shard, manifest.layout
         first = shard * manifest.layout.shard_samples
         self._missing = min(manifest.layout.samples - first, manifest.layout.shard_samples)
 
@@ -149,28 +172,29 @@ class ShardWriter:
 
     def _note_skipped(self, rows: Collection[int]) -> None:
         """Write this shard's chunk of the array `skipped`, or remove that of an earlier attempt."""
-        path = self._store / SKIPPED / "c" / str(self._shard)
+        key = f"{SKIPPED}/c/{self._shard}"
         if not rows:
-            path.unlink(missing_ok=True)
+            self._storage.remove(key)
             return
         marks = np.zeros(self._layout.shard_samples, dtype=np.uint8)
         marks[np.asarray(list(rows)) - self._shard * self._layout.shard_samples] = 1
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f"{path.name}{TEMPORARY}-{os.getpid()}")
-        partial.write_bytes(marks.tobytes() + checksum(marks).tobytes())
-        partial.rename(path)
+        file = self._storage.new_file(key)
+        try:
+            file.write([marks, checksum(marks)])
+            file.finish()
+            file.publish()
+        finally:
+            file.discard()
 
 
 class _ShardFile:
     """One shard of one field, in the making."""
 
-    def __init__(self, path: Path, field: Field, layout: Layout) -> None:
-        self._path, self._field, self._page_rows = path, field, layout.page_rows(field)
+    def __init__(self, file: NewFile, field: Field, layout: Layout) -> None:
+        self._file, self._field, self._page_rows = file, field, layout.page_rows(field)
         self._index = np.full((layout.shard_pages(field), 2), MISSING, dtype="<u8")
         self._page_bytes, self._pages = layout.page_bytes(field), 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = path.with_name(f"{path.name}{TEMPORARY}-{os.getpid()}")
-        self._file = self._partial.open("wb", buffering=0)
+        self.publish, self.discard = file.publish, file.discard
 
     def append(self, rows: npt.NDArray[Any]) -> None:
         """Write the rows of one sample as whole pages, the last one filled up with zeros."""
@@ -182,7 +206,7 @@ class _ShardFile:
         rows = np.ascontiguousarray(rows, dtype=np.dtype(field.dtype).newbyteorder("<"))
         if padding:
             rows = np.concatenate([rows, np.zeros((padding, *field.row_shape), dtype=rows.dtype)])
-        self._write(
+        self._file.write(
             [part for page in rows.reshape(-1).view(np.uint8).reshape(pages, -1) for part in (page, checksum(page))]
         )
         index = self._index[self._pages : self._pages + pages]
@@ -192,29 +216,8 @@ class _ShardFile:
 
     def finish(self) -> None:
         index = self._index.reshape(-1).view(np.uint8)
-        self._write([index, checksum(index)])
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def publish(self) -> None:
-        self._partial.rename(self._path)
-        directory = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # the rename itself must survive a power cut
-        finally:
-            os.close(directory)
-
-    def discard(self) -> None:
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
-
-    def _write(self, buffers: list[npt.NDArray[np.uint8]]) -> None:
-        limit = os.sysconf("SC_IOV_MAX")
-        for start in range(0, len(buffers), limit):
-            part = buffers[start : start + limit]
-            left = sum(len(buffer) for buffer in part) - os.writev(self._file.fileno(), part)
-            if left:  # a disk that fills up writes less than asked before it fails
-                raise OSError(f"{self._partial}: {left} bytes could not be written; is the disk full?")
+        self._file.write([index, checksum(index)])
+        self._file.finish()
 
 
 def checksum(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -222,16 +225,9 @@ def checksum(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return np.array([google_crc32c.value(data)], dtype="<u4").view(np.uint8)
 
 
-def remove_partial(store: Path) -> None:
+def remove_partial(store: Location) -> None:
     """Remove what a killed process left in the making."""
-    for partial in store.rglob(f"*{TEMPORARY}-*"):
-        partial.unlink(missing_ok=True)
-
-
-def read_table(store: Path) -> SampleTable:
-    group = zarr.open_group(store, path=TABLE_GROUP, mode="r")
-    columns = dict(group.arrays())
-    return SampleTable(**{name: np.asarray(columns[name][:]) for name in SampleTable.__dataclass_fields__})
+    locate(store).remove_partial()
 
 
 def blank_record(manifest: Manifest, tokens: int) -> Record:
@@ -244,10 +240,20 @@ def blank_record(manifest: Manifest, tokens: int) -> Record:
     return record
 
 
-def read_skipped(store: Path) -> npt.NDArray[np.intp]:
+def read_table(store: Location) -> SampleTable:
+    """The sample table, mapped into memory. OSError or ValueError if it is missing or damaged."""
+    storage = locate(store)
+    return SampleTable(
+        **{name: read_array(storage, f"{TABLE_GROUP}/{name}") for name in SampleTable.__dataclass_fields__}
+    )
+
+
+def read_skipped(store: Location) -> npt.NDArray[np.intp]:
     """Rows without a teacher's answer, because their images could not be decoded."""
-    array = zarr.open_array(store, path=SKIPPED, mode="r")
-    size = array.chunks[0]
-    shards = sorted(int(path.name) for path in (store / SKIPPED / "c").glob("*") if path.name.isdigit())
-    rows = [shard * size + np.flatnonzero(array[shard * size : (shard + 1) * size]) for shard in shards]
-    return np.concatenate(rows) if rows else np.empty(0, dtype=np.intp)
+    storage = locate(store)
+    rows = [np.empty(0, dtype=np.intp)]
+    for name in storage.names(f"{SKIPPED}/c"):
+        if name.isdigit():
+            marks = checked(storage.view(f"{SKIPPED}/c/{name}"))
+            rows.append(int(name) * len(marks) + np.flatnonzero(marks))
+    return np.sort(np.concatenate(rows))

@@ -1,0 +1,224 @@
+"""Finished shards, opened for reading: local files, objects of a bucket, and local copies of those.
+
+Where a page is follows from the plan. The index at the end of a shard file says the same to any other reader of Zarr;
+it is compared with the plan once, so that damage to it does not go unnoticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import weakref
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+
+from common.cache.plan import SampleTable
+from common.cache.schema import CHECKSUM_BYTES, MISSING, Field, Layout, Manifest
+from common.cache.storage import Bucket, Bytes, Folder, Storage, checked
+from common.cache.writer import finished_shards, shard_key
+from common.errors import UserError
+from common.runtime import log
+
+MOST_OPEN_FILES = 16384
+DAMAGE = (OSError, EOFError, ValueError)
+
+
+class DamagedShard(Exception):
+    """key: the file or object. reason: what is wrong with it."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(f"{key}: {reason}")
+        self.key, self.reason = key, reason
+
+
+class LocalShard:
+    """The files of one shard, open. descriptors: one for each field, valid as long as this object."""
+
+    def __init__(self, folder: Folder, keys: list[str]) -> None:
+        self.descriptors: list[int] = []
+        weakref.finalize(self, _close_all, self.descriptors)
+        try:
+            for key in keys:
+                self.descriptors.append(os.open(folder.root / key, os.O_RDONLY))
+        except OSError as error:
+            raise DamagedShard(keys[len(self.descriptors)], error.strerror or str(error)) from None
+
+    def read_tail(self, field_index: int, size: int) -> Bytes:
+        descriptor = self.descriptors[field_index]
+        start = max(0, os.fstat(descriptor).st_size - size)
+        return np.frombuffer(os.pread(descriptor, size, start), dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class RemoteShard:
+    """The objects of one shard, one for each field."""
+
+    bucket: Bucket
+    keys: list[str]
+
+    def read_tail(self, field_index: int, size: int) -> Bytes:
+        return self.bucket.read_tail(self.keys[field_index], size)
+
+    def read_pages(self, field_index: int, offset: int, page_bytes: int, into: Bytes) -> None:
+        """Fetch the pages from `offset` on whose rows fill `into`, and check them. DamagedShard."""
+        pages, stored_bytes = -(-len(into) // page_bytes), page_bytes + CHECKSUM_BYTES
+        try:
+            data = self.bucket.read_range(self.keys[field_index], offset, pages * stored_bytes)
+            if len(data) != pages * stored_bytes:
+                raise EOFError("the object ends too early")
+            for page, stored in enumerate(data.reshape(pages, stored_bytes)):
+                rows = into[page * page_bytes : (page + 1) * page_bytes]
+                rows[:] = checked(stored)[: len(rows)]
+        except DAMAGE as error:
+            raise DamagedShard(self.keys[field_index], str(error)) from None
+
+
+OpenShard = LocalShard | RemoteShard
+
+
+class OpenShards:
+    """The shards of a store, opened when they are first asked for; the most recently used stay open.
+
+    A shard that falls out of use is closed when the last reader lets go of it, so that no thread reads a closed file.
+    """
+
+    def __init__(self, storage: Storage, manifest: Manifest, table: SampleTable, copies: LocalCopies | None) -> None:
+        self._storage, self._manifest, self._table, self._copies = storage, manifest, table, copies
+        self._fields = manifest.fields()
+        self._index_is_sound = np.zeros(manifest.layout.shards, dtype=bool)
+        self._most_open = max(1, _open_file_limit() // len(self._fields))
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, shard: int) -> OpenShard:
+        """An open shard. DamagedShard if a file is missing, or its index is not what it should be."""
+        with self._lock:
+            opened = self._open.get(shard)
+            if opened is None or (isinstance(opened, RemoteShard) and self._copies and self._copies.has(shard)):
+                opened = self._open_shard(shard)
+                self._open[shard] = opened
+                if len(self._open) > self._most_open:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(shard)
+            return opened
+
+    def close(self) -> None:
+        with self._lock:
+            self._open.clear()
+
+    def _open_shard(self, shard: int) -> OpenShard:
+        keys = [shard_key(field, shard) for field in self._fields]
+        opened: OpenShard
+        if isinstance(self._storage, Folder):
+            opened = LocalShard(self._storage, keys)
+        elif self._copies is not None and self._copies.has(shard):
+            opened = LocalShard(self._copies.folder, keys)
+        else:
+            opened = RemoteShard(self._storage, keys)
+            if self._copies is not None:
+                self._copies.fetch(shard)
+        if not self._index_is_sound[shard]:
+            for index in range(len(self._fields)):
+                self._check_index(opened, shard, index)
+            self._index_is_sound[shard] = True
+        return opened
+
+    def _check_index(self, opened: OpenShard, shard: int, field_index: int) -> None:
+        field, layout = self._fields[field_index], self._manifest.layout
+        try:
+            tail = opened.read_tail(field_index, layout.index_bytes(field))
+            if len(tail) < layout.index_bytes(field):
+                raise EOFError("the file ends before its index")
+            if not np.array_equal(checked(tail), expected_index(layout, self._table, field, shard)):
+                raise ValueError("it does not agree with the sample table")
+        except DAMAGE as error:
+            raise DamagedShard(shard_key(field, shard), f"its index cannot be used: {error}") from None
+
+
+def expected_index(layout: Layout, table: SampleTable, field: Field, shard: int) -> Bytes:
+    """The index of a shard file without its checksum: pages side by side from the file's first byte on."""
+    last = min(layout.samples, (shard + 1) * layout.shard_samples) - 1
+    if field.per == "sample":
+        pages = last + 1 - shard * layout.shard_samples
+    else:
+        end = int(table.token_offset[last]) + int(table.token_count[last]) - shard * layout.shard_tokens
+        pages = -(-end // layout.page_tokens)
+    index = np.full((layout.shard_pages(field), 2), MISSING, dtype="<u8")
+    index[:pages, 0] = np.arange(pages, dtype=np.uint64) * np.uint64(layout.page_bytes(field))
+    index[:pages, 1] = layout.page_bytes(field)
+    return index.reshape(-1).view(np.uint8)
+
+
+class LocalCopies:
+    """A folder that holds copies of a bucket's shards, fetched behind the reader for the epochs to come.
+
+    A shard is fetched whole when it is first asked for; until it is there it is read from the bucket. The folder fills
+    up to `most_bytes` and then stays as it is: epochs visit every shard alike, so evicting one for another gains
+    nothing. Several processes, also later ones, can share a folder: files appear whole, by renaming.
+    """
+
+    def __init__(self, bucket: Bucket, manifest: Manifest, folder: Path, most_bytes: int | None) -> None:
+        identity = json.dumps([bucket.url, manifest.to_json()], sort_keys=True)
+        self.folder = Folder(folder / hashlib.sha256(identity.encode()).hexdigest()[:16])
+        self._bucket, self._fields, self._most_bytes = bucket, manifest.fields(), most_bytes
+        # At most; only the last pages of a token field's shard may never be written.
+        layout = manifest.layout
+        self._shard_bytes = sum(
+            layout.shard_pages(f) * layout.page_bytes(f) + layout.index_bytes(f) for f in self._fields
+        )
+        self._whole = set(np.flatnonzero(finished_shards(self.folder, manifest)).tolist())
+        self._asked: dict[int, Future[None]] = {}
+        self._full = False
+        self._pool = ThreadPoolExecutor(1, "local-copies")
+
+    def has(self, shard: int) -> bool:
+        return shard in self._whole
+
+    def fetch(self, shard: int) -> None:
+        """Begin to copy a shard, unless that has been asked for or there is no room."""
+        if shard not in self._asked and not self._full:
+            self._asked[shard] = self._pool.submit(self._copy, shard)
+
+    def wait(self) -> None:
+        """Return when all copies asked for are there, or given up."""
+        for future in list(self._asked.values()):
+            future.exception()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _copy(self, shard: int) -> None:
+        if self._full or (self._most_bytes is not None and self._used_bytes() + self._shard_bytes > self._most_bytes):
+            self._full = True
+            return
+        try:
+            for field in self._fields:
+                key = shard_key(field, shard)
+                if not self.folder.exists(key):
+                    self._bucket.download(key, self.folder.root / key)
+            self._whole.add(shard)
+        except OSError as error:
+            log.warning(f"{self.folder} takes no more copies of shards: {error.strerror or error}")
+            self._full = True
+        except UserError as error:
+            log.warning(f"shard {shard} was not copied to {self.folder}: {error}")
+
+    def _used_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.folder.root.rglob("*") if path.is_file())
+
+
+def _open_file_limit() -> int:
+    """Half of what the system lets this process open."""
+    return min(MOST_OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
