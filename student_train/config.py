@@ -183,6 +183,28 @@ class CompareConfig:
     """Where to draw AP and loss over steps."""
 
 
+@dataclass(frozen=True)
+class PictureConfig:
+    """A picture of what detectors find: some images of a split, one row of them for each checkpoint."""
+
+    checkpoints: tyro.conf.Positional[tuple[Path, ...]]
+    """Detectors, e.g. runs/*/best.safetensors."""
+    data: Path = Path("data/coco")
+    """Folder in COCO's layout: annotations/instances_SPLIT.json and SPLIT/*.jpg."""
+    split: str = "val2017"
+    """Split to take the images from."""
+    sizes: OptionalInts = None
+    """The short sides that training drew from: images are shown to the detectors at the largest. (default: 800)"""
+    images: int = 6
+    """How many of the split's images, from the first on."""
+    min_score: float = 0.3
+    """Lowest score of a detection that is drawn."""
+    out: Path = Path("detections.png")
+    """Where to draw."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
 def parse(config: type[Config], arguments: list[str], prog: str) -> Config:
     """Read the command line. A mistake in it ends the process with status 2 and the nearest option's name."""
     return tyro.cli(config, args=arguments, prog=prog, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))

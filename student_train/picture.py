@@ -1,0 +1,62 @@
+"""What detectors see: some images of a split, a row for the ground truth and one for each detector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from common.coco import Annotations
+from common.evaluate import Result
+from common.images import load_image
+
+matplotlib.use("agg")  # files only, no display needed
+CELL_INCHES = 2.4
+
+
+def draw_detections(
+    annotations: Annotations,
+    results: Mapping[str, Sequence[Result]],
+    path: Path,
+    min_score: float = 0.3,
+) -> None:
+    """Write a picture: a column for each image, first its ground truth, then what each named detector found.
+
+    results: name -> detections of the split in COCO's results format; those below min_score are not drawn.
+    """
+    entries, rows = annotations.entries, ["ground truth", *results]
+    size = (CELL_INCHES * len(entries), CELL_INCHES * len(rows))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(rows), len(entries), squeeze=False)
+    for column, entry in enumerate(entries):
+        pixels = load_image(annotations.image_path(entry)).permute(1, 2, 0).numpy()
+        for axis in axes[:, column]:
+            axis.imshow(pixels)
+            axis.set(xticks=[], yticks=[])
+        for box_xyxy_px, label in zip(entry.boxes_xyxy_px, entry.labels, strict=True):
+            _draw_box(axes[0, column], box_xyxy_px, annotations.class_names[label], int(label))
+        for axis, found in zip(axes[1:, column], results.values(), strict=True):
+            for result in found:
+                if result["image_id"] == entry.image_id and result["score"] >= min_score:
+                    left, top, width, height = result["bbox"]
+                    label = annotations.category_ids.index(result["category_id"])
+                    text = f"{annotations.class_names[label]} {result['score']:.2f}"
+                    _draw_box(axis, np.array([left, top, left + width, top + height]), text, label)
+    for axis, name in zip(axes[:, 0], rows, strict=True):
+        axis.set_ylabel(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def _draw_box(axis: Axes, box_xyxy_px: npt.NDArray[np.floating], text: str, label: int) -> None:
+    x1, y1, x2, y2 = box_xyxy_px.tolist()
+    color = f"C{label % 10}"
+    axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.5))
+    background = {"facecolor": color, "edgecolor": color, "pad": 0.5}
+    axis.text(x1, y1, text, fontsize=5, color="white", bbox=background, clip_on=True)
