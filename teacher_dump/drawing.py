@@ -123,7 +123,7 @@ def _draw_level(
     (height, width), (cell_height, cell_width) = weights.shape, cell_px
     axis.imshow(image.mean(axis=2), cmap="gray", vmin=0, vmax=255)
     extent = (0, width * cell_width, height * cell_height, 0)
-    axis.imshow(weights, cmap="inferno", alpha=0.6, extent=extent, interpolation="nearest")
+    axis.imshow(weights, cmap="inferno", alpha=0.6, vmin=0, extent=extent, interpolation="nearest")
     kept_rows, kept_columns = np.nonzero(~np.isnan(weights))
     if kept_rows.size < weights.size:
         dot = max(2.0, min(40.0, 4000 / weights.size))

@@ -10,13 +10,13 @@ import torch
 
 from common.cache.codec import ChannelStatistics
 from common.cache.plan import field_bytes, store_bytes
+from common.cache.storage import locate
 from common.coco import load_annotations
 from common.errors import UserError
 from common.runtime import choose_device
 from teacher_dump.config import DumpConfig, PlanConfig
 from teacher_dump.encode import calibrate, encode_records, run_teacher
 from teacher_dump.job import Job, load_sample, prepare
-from teacher_dump.store import free_bytes
 from teacher_dump.tables import duration, facts, size, table
 from teacher_dump.teachers import load_teacher
 
@@ -71,7 +71,7 @@ def _store_lines(job: Job, config: PlanConfig) -> list[str]:
     manifest, samples = job.manifest, job.plan.table
     tokens = samples.level_shapes.prod(axis=2, dtype=np.int64).sum(axis=1)
     kept = int(samples.token_count.sum())
-    total_bytes, free = store_bytes(manifest, samples), free_bytes(config.store.out)
+    total_bytes, free = store_bytes(manifest, samples), locate(config.store.out).free_bytes()
     images, views, count = len(job.annotations.entries), manifest.views.views, len(samples)
     rows = [("field", "dtype", "a sample", "in all", "share")]
     for field in manifest.fields():
@@ -79,7 +79,6 @@ def _store_lines(job: Job, config: PlanConfig) -> list[str]:
         rows.append((field.name, field.dtype, size(in_all / count), size(in_all), f"{in_all / total_bytes:.1%}"))
     rows.append(("all", "", size(total_bytes / count), size(total_bytes), "100.0%"))
     shard_bytes = total_bytes / manifest.layout.shards
-    enough = "enough" if total_bytes <= free else f"NOT ENOUGH, {size(total_bytes - free)} are missing"
     teacher = manifest.teacher
     return [
         *facts(
@@ -110,10 +109,17 @@ def _store_lines(job: Job, config: PlanConfig) -> list[str]:
                     f"{manifest.layout.shards} of {manifest.layout.shard_samples} samples, {size(shard_bytes)} each:"
                     " what one rank writes at once and an interruption can lose",
                 ),
-                ("free", f"{size(free)}: {enough}"),
+                ("free", _room(total_bytes, free)),
             ]
         ),
     ]
+
+
+def _room(needed_bytes: int, free_bytes: int | None) -> str:
+    if free_bytes is None:
+        return "a bucket does not say"
+    enough = "enough" if needed_bytes <= free_bytes else f"NOT ENOUGH, {size(needed_bytes - free_bytes)} are missing"
+    return f"{size(free_bytes)}: {enough}"
 
 
 def _cost_lines(job: Job, config: PlanConfig, costs: Costs | None, device: str) -> list[str]:
@@ -154,4 +160,4 @@ def _cost_lines(job: Job, config: PlanConfig, costs: Costs | None, device: str) 
 
 
 def _formula(epochs: int) -> str:
-    return f"(time of the dump) / ({epochs} epochs x images x time of the teacher), if reading keeps up with training"
+    return f"(dump) / ({epochs} epochs x images x teacher), where reading keeps up with training"

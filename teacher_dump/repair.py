@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from common.cache.writer import shard_path
+from common.cache.storage import locate
+from common.cache.writer import shard_key
 from common.errors import UserError
 from common.runtime import log, read_ranks
 from teacher_dump.config import RepairConfig
@@ -26,6 +27,6 @@ def run_repair(config: RepairConfig) -> None:
     with locked_store(config.store):
         for shard in findings.bad_shards:
             for field in job.manifest.fields():
-                shard_path(config.store, field, shard).unlink(missing_ok=True)
+                locate(config.store).remove(shard_key(field, shard))
     summary = write_missing(job, config.store, config.source.workers, config.skip_broken, read_ranks())
     log.info(f"{config.store}: wrote {summary.samples} samples again in {summary.duration_s:.0f} s")

@@ -13,7 +13,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,8 @@ from common.ahead import WriteBehind
 from common.cache.plan import Plan, store_bytes
 from common.cache.reader import read_manifest
 from common.cache.schema import Layout, Manifest, differences
-from common.cache.writer import TEMPORARY, Record, ShardWriter, create_store, finished_shards, remove_partial
+from common.cache.storage import TEMPORARY, Folder, Location, Storage, locate
+from common.cache.writer import Record, ShardWriter, create_store, finished_shards, remove_partial
 from common.errors import UserError
 from common.runtime import Ranks, log
 
@@ -33,7 +33,7 @@ Batches = Iterable[tuple[Sequence[Record], Sequence[int]]]  # records, and which
 
 @contextmanager
 def writable_store(
-    out: Path, manifest: Manifest, plan: Plan, constants: Callable[[], Constants], ranks: Ranks
+    out: Location, manifest: Manifest, plan: Plan, constants: Callable[[], Constants], ranks: Ranks
 ) -> Iterator[None]:
     """A store at `out` with this manifest, for this job alone: created, or found as an earlier attempt left it.
 
@@ -44,18 +44,20 @@ def writable_store(
     if others:
         dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world_size)
     with write_errors(out):
-        lock = _begin(out, manifest, plan, constants) if first else -1
+        lock = _begin(out, manifest, plan, constants) if first else None
     if others:
         dist.barrier()
         dist.destroy_process_group()
-    lock = lock if first else _lock(out, fcntl.LOCK_SH)
+    lock = lock if first else _lock(locate(out), fcntl.LOCK_SH)
     try:
         yield
     finally:
-        os.close(lock)
+        _unlock(lock)
 
 
-def write_shards(out: Path, manifest: Manifest, shards: Iterable[int], batches_of: Callable[[int], Batches]) -> None:
+def write_shards(
+    out: Location, manifest: Manifest, shards: Iterable[int], batches_of: Callable[[int], Batches]
+) -> None:
     """Write these shards from the batches that `batches_of` gives for each, in a thread beside it.
 
     At most two batches wait for the disk. Whatever goes wrong, finished shards stay and the one in progress vanishes.
@@ -80,7 +82,7 @@ def shard_rows(shard: int, layout: Layout) -> range:
     return range(shard * layout.shard_samples, min(layout.samples, (shard + 1) * layout.shard_samples))
 
 
-def missing_shards(out: Path, manifest: Manifest, ranks: Ranks) -> list[int]:
+def missing_shards(out: Location, manifest: Manifest, ranks: Ranks) -> list[int]:
     """This rank's share of the shards that are not there yet."""
     finished = finished_shards(out, manifest)
     if finished.any():
@@ -88,25 +90,19 @@ def missing_shards(out: Path, manifest: Manifest, ranks: Ranks) -> list[int]:
     return [int(shard) for shard in np.flatnonzero(~finished) if shard % ranks.world_size == ranks.rank]
 
 
-def free_bytes(out: Path) -> int:
-    """Free space where `out` is or will be."""
-    existing = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
-    return shutil.disk_usage(existing).free
-
-
 @contextmanager
-def locked_store(store: Path) -> Iterator[None]:
+def locked_store(store: Location) -> Iterator[None]:
     """Keep every other job away from an existing store."""
     with write_errors(store):
-        lock = _lock(store, fcntl.LOCK_EX)
+        lock = _lock(locate(store), fcntl.LOCK_EX)
     try:
         yield
     finally:
-        os.close(lock)
+        _unlock(lock)
 
 
 @contextmanager
-def write_errors(out: Path) -> Iterator[None]:
+def write_errors(out: Location) -> Iterator[None]:
     """Turn what the system says against writing into one line for the user."""
     try:
         yield
@@ -121,60 +117,70 @@ def write_errors(out: Path) -> Iterator[None]:
         raise UserError(f"{out} could not be written: {reason}; {remedy}") from None
 
 
-def _begin(out: Path, manifest: Manifest, plan: Plan, constants: Callable[[], Constants]) -> int:
+def _begin(out: Location, manifest: Manifest, plan: Plan, constants: Callable[[], Constants]) -> int | None:
     """Create or resume; returns the lock, held."""
+    storage = locate(out)
     total_bytes = store_bytes(manifest, plan.table)
-    if not os.path.lexists(out):
-        _check_room(out, total_bytes)
+    if not storage.exists("zarr.json"):
+        if isinstance(storage, Folder) and os.path.lexists(storage.root):
+            raise UserError(f"expected {storage} to be new or a store, found something else there; name another --out")
+        _check_room(storage, total_bytes)
         try:
-            create_store(out, manifest, plan, constants())
+            create_store(storage, manifest, plan, constants())
         except BaseException as error:
-            _remove_begun(out)
-            if not (isinstance(error, OSError) and (out / "zarr.json").exists()):
+            _remove_begun(storage)
+            if not (isinstance(error, OSError) and storage.exists("zarr.json")):
                 raise
             # Another job was faster: go on as if the store had been there before.
-    if not (out / "zarr.json").is_file():
-        raise UserError(f"expected {out} to be new or a store, found something else there; name another --out")
     found = read_manifest(out)
     different = differences(manifest, found)
     if different:
         raise UserError(
-            f"{out} is a store of another configuration and was left as it is; asked for against found:"
+            f"{storage} is a store of another configuration and was left as it is; asked for against found:"
             f" {'; '.join(different)}. Name another --out, or remove the store"
         )
-    lock = _lock(out, fcntl.LOCK_EX)
-    _remove_begun(out)
-    remove_partial(out)
-    _check_room(out, int(total_bytes * (1 - finished_shards(out, found).mean())))
-    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    lock = _lock(storage, fcntl.LOCK_EX)
+    _remove_begun(storage)
+    remove_partial(storage)
+    _check_room(storage, int(total_bytes * (1 - finished_shards(storage, found).mean())))
+    if lock is not None:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     return lock
 
 
-def _remove_begun(out: Path) -> None:
+def _remove_begun(storage: Storage) -> None:
     """Remove what came of attempts to create the store that ended early."""
-    for leftover in out.parent.glob(f"{out.name}{TEMPORARY}-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    if isinstance(storage, Folder):
+        for leftover in storage.root.parent.glob(f"{storage.root.name}{TEMPORARY}-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _lock(store: Path, kind: int) -> int:
-    """A lock on the store's zarr.json; it ends when the descriptor is closed or the process dies."""
-    descriptor = os.open(store / "zarr.json", os.O_RDWR)  # network file systems lock only what is open for writing
+def _lock(storage: Storage, kind: int) -> int | None:
+    """A lock on the store's zarr.json; it ends when the descriptor is closed or the process dies. None in a bucket."""
+    if not isinstance(storage, Folder):
+        return None
+    descriptor = os.open(storage.root / "zarr.json", os.O_RDWR)  # network file systems ask for the right to write
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise UserError(
-            f"{store} is being written by another process; wait for it to end, or stop it and run this command again"
+            f"{storage} is being written by another process; wait for it to end, or stop it and run this command again"
         ) from None
     except OSError as error:
-        log.warning(f"{store} cannot be locked here ({error.strerror}): see to it that only one job writes to it")
+        log.warning(f"{storage} cannot be locked here ({error.strerror}): see to it that only one job writes to it")
     return descriptor
 
 
-def _check_room(out: Path, needed_bytes: int) -> None:
-    free = free_bytes(out)
-    if needed_bytes > free:
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+def _check_room(storage: Storage, needed_bytes: int) -> None:
+    free = storage.free_bytes()
+    if free is not None and needed_bytes > free:
         raise UserError(
-            f"{out} needs {needed_bytes / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free; free some, name"
+            f"{storage} needs {needed_bytes / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free; free some, name"
             " another --out, or store less (--tokens int8, --keep-tokens 0.25, fewer --views)"
         )

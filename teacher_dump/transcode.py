@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -15,7 +14,8 @@ from common.cache.plan import Plan, SampleTable, lay_out, store_bytes
 from common.cache.reader import CacheReader
 from common.cache.sampling import draw_tokens
 from common.cache.schema import CodecInfo, Manifest
-from common.cache.writer import SKIPPED, TEMPORARY, Record, blank_record, read_skipped, shard_path
+from common.cache.storage import TEMPORARY, Folder, locate
+from common.cache.writer import SKIPPED, Record, blank_record, read_skipped, shard_key
 from common.errors import UserError
 from common.runtime import Ranks, log
 from teacher_dump.config import PruneConfig, TranscodeConfig
@@ -77,7 +77,10 @@ def run_transcode(config: TranscodeConfig) -> None:
 
 
 def run_prune(config: PruneConfig) -> None:
-    """A store of the first views of another, whose shard files it shares. UserError if there are no views to drop."""
+    """A store of the first views of another, whose shard files it shares. UserError if it has fewer views."""
+    old, new = locate(config.store), locate(config.out)
+    if not (isinstance(old, Folder) and isinstance(new, Folder)):
+        raise UserError(f"expected two folders, which can share files, found {old} and {new}; use transcode --views")
     source = CacheReader(config.store)
     views = _fewer_views(source.manifest, config.views)
     samples = int((source.table.view < views).sum())  # views follow one another
@@ -97,7 +100,7 @@ def run_prune(config: PruneConfig) -> None:
                 continue
             if shard_rows(shard, layout) == shard_rows(shard, source.manifest.layout):
                 with write_errors(config.out):
-                    _share_shard(config.store, config.out, manifest, shard)
+                    _share_shard(old, new, manifest, shard)
             else:  # the shard where the last view that is kept ends
                 write_shards(config.out, manifest, [shard], batches_of)
     source.close()
@@ -181,17 +184,15 @@ def _fewer_views(manifest: Manifest, views: int) -> int:
     return views
 
 
-def _share_shard(source: Path, out: Path, manifest: Manifest, shard: int) -> None:
-    skipped = Path(SKIPPED, "c", str(shard))
-    fields = [shard_path(source, field, shard).relative_to(source) for field in manifest.fields()]
-    for path in (skipped, *fields):
-        if not (source / path).exists():
+def _share_shard(source: Folder, out: Folder, manifest: Manifest, shard: int) -> None:
+    for key in (f"{SKIPPED}/c/{shard}", *(shard_key(field, shard) for field in manifest.fields())):
+        if not source.exists(key):
             continue
-        (out / path).parent.mkdir(parents=True, exist_ok=True)
-        (out / path).unlink(missing_ok=True)
+        (out.root / key).parent.mkdir(parents=True, exist_ok=True)
+        out.remove(key)
         try:
-            os.link(source / path, out / path)
+            os.link(source.root / key, out.root / key)
         except OSError:  # another file system, or one without links
-            partial = (out / path).with_name(f"{path.name}{TEMPORARY}-{os.getpid()}")
-            shutil.copyfile(source / path, partial)
-            partial.rename(out / path)
+            partial = out.root / f"{key}{TEMPORARY}-{os.getpid()}"
+            shutil.copyfile(source.root / key, partial)
+            partial.rename(out.root / key)
