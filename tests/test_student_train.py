@@ -348,6 +348,53 @@ def test_ranks_share_every_step(views: FreshViews) -> None:
             )
 
 
+ONE_STEP = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from common.runtime import read_ranks, start_processes
+from student_train import loop
+from student_train.prepare import prepare_data
+from tests.test_student_train import configuration
+
+folder, out = map(Path, sys.argv[1:])
+config, ranks, device = configuration(folder, out), read_ranks(), torch.device("cpu")
+start_processes(ranks, device)
+torch.manual_seed(0)
+data = prepare_data(config.data)
+training = loop.start(config, data, device, ranks)
+training.model.eval()  # batch norm by its running statistics: those of a batch differ with its size
+feed = loop.prepare_feed(config, data, ranks, device)
+loop.train_step(training, next(iter(feed.epoch(0))), replace(config.optimisation, clip=0))
+feed.close()
+if ranks.is_first:
+    torch.save({name: p.grad for name, p in training.student.named_parameters() if p.grad is not None}, out)
+if ranks.world_size > 1:
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_have_the_gradient_of_one(folder: Path, tmp_path: Path) -> None:
+    """The gradient of a step on four samples, all losses on, by one process and by two with two samples each, whose
+    numbers of boxes differ: every parameter's differs by less than 1e-4 of the whole gradient's norm."""
+    (tmp_path / "step.py").write_text(ONE_STEP)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    gradients = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.pt"
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if processes == 2 else []
+        command = [sys.executable, *launcher, str(tmp_path / "step.py"), str(folder), str(out)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        gradients.append(torch.load(out, weights_only=True))
+    one, two = gradients
+    assert one.keys() == two.keys()
+    norm = torch.stack([gradient.norm() for gradient in one.values()]).norm()
+    for name in one:
+        assert (one[name] - two[name]).norm() < 1e-4 * norm, name
+
+
 def test_broken_images(folder: Path, tmp_path: Path) -> None:
     """A truncated JPEG stops the feed with its name; with skip_broken the batch comes without it, and it is listed."""
     annotations = load_annotations(folder / "scenes", "train2017")
