@@ -38,7 +38,7 @@ def deformable_attention(
     Raises ValueError for shapes that do not fit, and for a backend that cannot run here.
     """
     _check(value, level_shapes, sampling_locations, attention_weights)
-    chosen = choose("deformable attention", backend, value.device)
+    chosen = choose("deformable attention", backend, value)
     if chosen == "reference":
         return deformable_attention_reference(value, level_shapes, sampling_locations, attention_weights)
     # A version that brings its own autograd (deformops, say) is one more branch here; one that does not is one more

@@ -49,7 +49,7 @@ def cached_feature_loss(
         _check_indices(positions, offsets, student.shape[1])
     samples = torch.searchsorted(offsets[1:], torch.arange(len(positions), device=offsets.device), right=True)
     rows = samples * student.shape[1] + positions  # of the flattened (B*T, C) student
-    chosen = choose("cached feature loss", backend, student.device)
+    chosen = choose("cached feature loss", backend, student)
     if chosen == "reference":
         return cached_feature_loss_reference(student, tokens, rows, weights, scales, channel_scale, channel_shift)
     loss: Tensor = _forward(student, tokens, rows, weights, scales, channel_scale, channel_shift, chosen)
