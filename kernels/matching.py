@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -26,11 +26,11 @@ def hungarian(costs: Tensor, row_mask: Tensor | None = None, column_mask: Tensor
     than columns, left over. The costs of masked rows and columns may be anything.
 
     The matrices go to the host in one transfer and are solved exactly by scipy's `linear_sum_assignment`, which
-    releases the GIL, on `torch.get_num_threads()` threads.
+    releases the GIL, on `torch.get_num_threads()` threads, the caller's among them.
 
     Raises ValueError for shapes that do not fit, and for a NaN or infinite cost, naming its layer and image.
     """
-    return hungarian_start(costs, row_mask, column_mask).result()
+    return _start(costs, row_mask, column_mask, helpers=torch.get_num_threads() - 1).result()
 
 
 def hungarian_start(costs: Tensor, row_mask: Tensor | None = None, column_mask: Tensor | None = None) -> Matching:
@@ -38,6 +38,35 @@ def hungarian_start(costs: Tensor, row_mask: Tensor | None = None, column_mask: 
 
     Costs on a GPU may be overwritten at once; costs on the CPU are read in place, so leave them alone until the result.
     """
+    return _start(costs, row_mask, column_mask, helpers=max(1, torch.get_num_threads() - 1))
+
+
+@dataclass(frozen=True)
+class Matching:
+    """A matching under way on the pool's threads. `result()` takes a hand in what is left, and waits for it."""
+
+    _solve: Callable[[], None]
+    _helping: list[Future[None]]
+    _bad: list[int]
+    _matched: npt.NDArray[np.int64]
+    _leading: torch.Size
+    _device: torch.device
+
+    def result(self) -> Tensor:
+        """(..., G) int64, and the errors, of `hungarian`."""
+        self._solve()
+        for future in self._helping:
+            future.result()
+        if self._bad:
+            raise ValueError(
+                f"the costs of {_name(min(self._bad), self._leading)} hold NaN or infinity: look at that layer's "
+                "predictions (a diverged loss, a box of no size) before it is matched"
+            )
+        return torch.from_numpy(self._matched).view(*self._leading, self._matched.shape[1]).to(self._device)
+
+
+def _start(costs: Tensor, row_mask: Tensor | None, column_mask: Tensor | None, helpers: int) -> Matching:
+    """Copy to the host, and let `helpers` threads of the pool begin."""
     if costs.dim() < 2 or not costs.is_floating_point():
         raise ValueError(f"costs must be floating and (..., N, G), got {costs.dtype} {tuple(costs.shape)}")
     leading, rows, columns = costs.shape[:-2], costs.shape[-2], costs.shape[-1]
@@ -50,58 +79,33 @@ def hungarian_start(costs: Tensor, row_mask: Tensor | None = None, column_mask: 
     if copied is not None:
         copied.record(torch.cuda.current_stream(costs.device))
 
-    matched = np.full((leading.numel(), columns), -1, dtype=np.int64)
-    indices = iter(range(leading.numel()))  # shared: each thread takes the next matrix when it is free
+    count = leading.numel()
+    matched = np.full((count, columns), -1, dtype=np.int64)
+    indices = iter(range(count))  # shared: each thread takes the next matrix when it is free
+    bad: list[int] = []
 
-    def work() -> list[int]:
+    def solve() -> None:
         if copied is not None:
             copied.synchronize()
-        flat = [host.numpy().reshape(leading.numel(), *host.shape[len(leading) :]) for host in hosts]
-        return _solve(indices, flat[0], flat[1], flat[2], matched)
+        costs_, rows_, columns_ = (host.numpy().reshape(count, *host.shape[len(leading) :]) for host in hosts)
+        bad.extend([i for i in indices if not _solve_one(costs_[i], rows_[i], columns_[i], matched[i])])
 
-    threads = min(torch.get_num_threads(), leading.numel())
-    return Matching([pool().submit(work) for _ in range(threads)], matched, leading, costs.device)
-
-
-@dataclass(frozen=True)
-class Matching:
-    """A matching under way. `result()` waits for it."""
-
-    _solving: list[Future[list[int]]]
-    _matched: npt.NDArray[np.int64]
-    _leading: torch.Size
-    _device: torch.device
-
-    def result(self) -> Tensor:
-        """(..., G) int64, and the errors, of `hungarian`."""
-        bad = [index for future in self._solving for index in future.result()]
-        if bad:
-            raise ValueError(
-                f"the costs of {_name(min(bad), self._leading)} hold NaN or infinity: look at that layer's predictions "
-                "(a diverged loss, a box of no size) before it is matched"
-            )
-        return torch.from_numpy(self._matched).view(*self._leading, self._matched.shape[1]).to(self._device)
+    helping = [pool().submit(solve) for _ in range(min(helpers, count))]
+    return Matching(solve, helping, bad, matched, leading, costs.device)
 
 
-def _solve(
-    indices: Iterator[int],
-    costs: npt.NDArray[np.floating],
-    row_mask: Mask,
-    column_mask: Mask,
-    matched: npt.NDArray[np.int64],
-) -> list[int]:
-    """Solve the matrices that `indices` yields into `matched`; return the indices of those that hold a bad cost."""
-    bad = []
-    for index in indices:
-        cost, rows, columns = costs[index], np.flatnonzero(row_mask[index]), np.flatnonzero(column_mask[index])
-        if len(rows) < cost.shape[0] or len(columns) < cost.shape[1]:
-            cost = cost[np.ix_(rows, columns)]
-        if not np.isfinite(cost).all():
-            bad.append(index)
-            continue
-        row_choice, column_choice = linear_sum_assignment(cost)
-        matched[index, columns[column_choice]] = rows[row_choice]
-    return bad
+def _solve_one(
+    cost: npt.NDArray[np.floating], row_mask: Mask, column_mask: Mask, matched: npt.NDArray[np.int64]
+) -> bool:
+    """Write the row of each matched column into `matched` (G,); False where a cost that counts is not finite."""
+    rows, columns = np.flatnonzero(row_mask), np.flatnonzero(column_mask)
+    if len(rows) < cost.shape[0] or len(columns) < cost.shape[1]:
+        cost = cost[np.ix_(rows, columns)]
+    if not np.isfinite(cost).all():
+        return False
+    row_choice, column_choice = linear_sum_assignment(cost)
+    matched[columns[column_choice]] = rows[row_choice]
+    return True
 
 
 def _expand(name: str, mask: Tensor | None, leading: torch.Size, size: int) -> Tensor:
