@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from common.detr.categories import Categories
 from common.detr.weights import save_detector
 from common.errors import UserError
 from common.evaluate import CocoMetrics
@@ -57,11 +58,13 @@ class Totals:
 
 @dataclass
 class Training:
-    """The state of a run between two steps. model: the student, wrapped where several processes train it."""
+    """The state of a run between two steps. model: the student, wrapped where several processes train it. categories:
+    of the classes it learns, which the saved student carries."""
 
     student: StudentInTraining
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    categories: Categories
     epoch: int = 0
     step_in_epoch: int = 0
     step: int = 0
@@ -106,7 +109,7 @@ def start(config: TrainConfig, data: Data, device: torch.device, ranks: Ranks) -
     model: nn.Module = student
     if ranks.world_size > 1:
         model = DistributedDataParallel(student, device_ids=[device] if device.type == "cuda" else None)
-    return Training(student, model, optimizer)
+    return Training(student, model, optimizer, Categories(data.train.category_ids, data.train.class_names))
 
 
 def train_epochs(
@@ -256,7 +259,8 @@ def save(training: Training, run: RunFolder, ranks: Ranks) -> None:
 
 
 def save_student(training: Training, path: Path) -> None:
-    write_atomically(path, lambda temporary: save_detector(temporary, training.student.detector))
+    detector, metadata = training.student.detector, training.categories.to_metadata()
+    write_atomically(path, lambda temporary: save_detector(temporary, detector, metadata))
 
 
 def resume(training: Training, checkpoint: Checkpoint) -> None:

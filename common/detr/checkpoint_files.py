@@ -6,7 +6,7 @@ import json
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ FORMAT = "detrcache.detector"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """state: tensors by name. config: the configuration that came along, in the file's metadata or a config.json."""
+    """state: tensors by name. config: the configuration that came along, in the file's metadata or a config.json.
+    metadata: what else a file of this project says of itself."""
 
     path: Path
     state: dict[str, Tensor]
     config: Mapping[str, Any] | None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -38,17 +40,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             raise UserError(f"{path}: expected model.safetensors or pytorch_model.bin in this folder, found neither")
-        state, config = _read_file(file)
-        return Checkpoint(path, state, config or _json_beside(file))
+        state, config, metadata = _read_file(file)
+        return Checkpoint(path, state, config or _json_beside(file), metadata)
     if not path.is_file():
         raise UserError(f"expected a checkpoint file, found nothing at {path}; check the path")
-    state, config = _read_file(path)
+    state, config, metadata = _read_file(path)
     if config is None and path.name == "model.safetensors":
         config = _json_beside(path)
-    return Checkpoint(path, state, config)
+    return Checkpoint(path, state, config, metadata)
 
 
-def _read_file(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | None]:
+def _read_file(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | None, Mapping[str, str]]:
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
@@ -57,14 +59,16 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | None]
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: expected a checkpoint, found a file that cannot be read ({reason[:120]})") from None
     config = content.get("config") if isinstance(content, Mapping) else None
-    return _tensors(content, path), config if isinstance(config, Mapping) else None
+    return _tensors(content, path), config if isinstance(config, Mapping) else None, {}
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | None]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | None, Mapping[str, str]]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    return state, json.loads(metadata["config"]) if metadata.get("format") == FORMAT else None
+    if metadata.get("format") != FORMAT:
+        return state, None, {}
+    return state, json.loads(metadata["config"]), metadata
 
 
 class _Ignored(dict[Any, Any]):

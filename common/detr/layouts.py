@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.detr import mobilenet_names
 from common.detr.config import DetectorConfig
 
 State = dict[str, Tensor]
@@ -173,13 +174,20 @@ def _respell_official(state: State) -> State:
 
 
 def _complete_official(state: State, config: DetectorConfig) -> State:
-    return state | _second_heads(state, config, "transformer.decoder.")
+    return _without_counters(state | _second_heads(state, config, "transformer.decoder."))
+
+
+def _without_counters(state: State) -> State:
+    """Batch norm is frozen there and counts nothing."""
+    return {name: tensor for name, tensor in state.items() if not name.endswith(".num_batches_tracked")}
 
 
 def _second_heads(state: State, config: DetectorConfig, decoder: str) -> State:
     kinds = (("bbox_embed.", config.refine), ("class_embed.", config.two_stage))
     return {decoder + k: v for kind, held in kinds if held for k, v in state.items() if k.startswith(kind)}
 
+
+_TRANSFORMERS_BACKBONE = "model.backbone.conv_encoder.model."  # as in memory; with MobileNetV2, timm's names follow
 
 # transformers 5 renames on reading and writing; in memory, and with its own ResNet, the names are these.
 _TRANSFORMERS_SPELLINGS = [
@@ -203,6 +211,8 @@ def _respell_transformers(state: State) -> State:
         for pattern, replacement in _TRANSFORMERS_SPELLINGS:
             name = re.sub(pattern, replacement, name)
         respelled[name] = tensor
+    if _TRANSFORMERS_BACKBONE + "conv_stem.weight" in respelled:
+        respelled = mobilenet_names.from_timm(respelled, _TRANSFORMERS_BACKBONE)
     for name in [name for name in respelled if re.search(r"\.self_attn\.q_proj\.(weight|bias)$", name)]:
         parts = [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
         if all(part in respelled for part in parts):
@@ -212,6 +222,8 @@ def _respell_transformers(state: State) -> State:
 
 
 def _complete_transformers(state: State, config: DetectorConfig) -> State:
+    if config.backbone == "mobilenet_v2":
+        state = mobilenet_names.to_timm(state, _TRANSFORMERS_BACKBONE)
     completed = {}
     for name, tensor in state.items():
         if ".self_attn.in_proj_" in name:
@@ -219,17 +231,28 @@ def _complete_transformers(state: State, config: DetectorConfig) -> State:
                 completed[name.replace("in_proj_", f"{part}_proj.")] = projection
         else:
             completed[name] = tensor
-    return completed | _second_heads(completed, config, "model.decoder.")
+    return _without_counters(completed | _second_heads(completed, config, "model.decoder."))
 
 
 def _respell_mmdet(state: State) -> State:
-    """Convolutions before a norm have no bias there."""
+    """Convolutions before a norm have no bias there. MobileNetV2 ends in a convolution for its classifier."""
+    if "backbone.layer1.0.depthwise_conv.conv.weight" in state:
+        state = mobilenet_names.from_mmdet(state, "backbone.")
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("backbone.conv2.")}
     weights = [name for name in state if re.match(r"neck\..*\.conv\.weight$", name)]
     return {name.replace("weight", "bias"): state[name].new_zeros(len(state[name])) for name in weights} | state
 
 
 def _complete_mmdet(state: State, config: DetectorConfig) -> State:
-    """Its batch norm counts; its neck has a bias only where `bias=True`, so leave out what is zero."""
+    """Its batch norm counts; its neck has a bias only where `bias=True`, so leave out what is zero.
+
+    Its MobileNetV2 always holds the last convolution, which no level of a detector looks at: zeros stand for it.
+    """
+    if config.backbone == "mobilenet_v2":
+        state = mobilenet_names.to_mmdet(state, "backbone.")
+        norm = {f"backbone.conv2.bn.{name}": torch.zeros(1280) for name in ("weight", "bias", "running_mean")}
+        state |= norm | {"backbone.conv2.bn.running_var": torch.ones(1280)}
+        state["backbone.conv2.conv.weight"] = torch.zeros(1280, 320, 1, 1)
     kept = {k: v for k, v in state.items() if not (re.match(r"neck\..*\.conv\.bias$", k) and not v.any())}
     means = [name for name in state if name.endswith(".running_mean")]
     counts = {name.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for name in means}

@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from common.coco import output_columns
+from common.detr import categories
 from common.detr.backbone import NAMES, build_backbone
+from common.detr.categories import Categories
 from common.detr.checkpoint_files import FORMAT, Checkpoint, read_checkpoint
 from common.detr.config import DetectorConfig
 from common.detr.detector import DeformableDetr
@@ -27,7 +29,8 @@ class LoadReport:
     """What became of a checkpoint's tensors.
 
     layout: whose names it uses. config: of the detector built. unused: names of tensors that found no place. notes:
-    what was decided on the way, one sentence each. (Tensors that are missing or have the wrong shape are an error.)
+    what was decided on the way, one sentence each. categories: of each class, where the checkpoint says so. (Tensors
+    that are missing or have the wrong shape are an error.)
     """
 
     source: str
@@ -35,6 +38,7 @@ class LoadReport:
     config: DetectorConfig
     unused: tuple[str, ...]
     notes: tuple[str, ...]
+    categories: Categories | None = None
 
     def lines(self) -> list[str]:
         """The report for people."""
@@ -72,10 +76,17 @@ def load_detector(
         state = _untie(state)
         config = _infer_config(state, checkpoint)
         state = gather_heads(state, config)
+    known = _categories(checkpoint, config.num_classes)
     if category_ids is not None and config.num_classes != len(category_ids):
-        state = _select_classes(state, output_columns(category_ids, config.num_classes))
+        columns = output_columns(category_ids, config.num_classes)
+        state, known = _select_classes(state, columns), known and known.select(columns)
         notes.append(f"{len(category_ids)} of its {config.num_classes} class outputs are kept, by category id")
         config = dataclasses.replace(config, num_classes=len(category_ids))
+    elif category_ids is not None and checkpoint.metadata and known is not None and known.ids != tuple(category_ids):
+        theirs = ", ".join(f"{i} {name}" for i, name in zip(known.ids[:3], known.names[:3], strict=True))
+        notes.append(
+            f"it learnt other category ids ({theirs} ...): its classes are taken for the data's in their order"
+        )
     if num_classes is not None and config.num_classes != num_classes:
         raise UserError(
             f"{path}: expected {num_classes} classes as in the data, found a checkpoint of {config.num_classes}; "
@@ -84,8 +95,8 @@ def load_detector(
 
     model = DeformableDetr(config).eval()
     unused += _fill(model, state, layout, str(path))
-    report = LoadReport(str(path), layout.name, config, tuple(n for n in unused if not _counts(n)), tuple(notes))
-    return model, report
+    leftover = tuple(name for name in unused if not _counts(name))
+    return model, LoadReport(str(path), layout.name, config, leftover, tuple(notes), known)
 
 
 def save_detector(path: str | Path, model: DeformableDetr, metadata: Mapping[str, str] | None = None) -> None:
@@ -133,6 +144,13 @@ def _layout_of(checkpoint: Checkpoint) -> tuple[Layout, str]:
         f"{checkpoint.path}: expected a Deformable DETR (official, MMDetection, transformers or this project's), found "
         f"another architecture with tensors such as {names}; use a checkpoint of Deformable DETR"
     )
+
+
+def _categories(checkpoint: Checkpoint, num_classes: int) -> Categories | None:
+    known = categories.from_metadata(checkpoint.metadata)
+    if known is None and checkpoint.config is not None and "model_type" in checkpoint.config:
+        known = categories.from_transformers(checkpoint.config)
+    return known if known is not None and len(known.ids) == num_classes else None
 
 
 def _own_config(checkpoint: Checkpoint) -> DetectorConfig:
