@@ -18,6 +18,7 @@ import zarr
 from pycocotools.coco import COCO
 
 from common.cache.reader import read_manifest
+from common.cache.storage import Location, locate
 from common.cache.writer import finished_shards, read_skipped, read_table
 from common.coco import Annotations
 from common.evaluate import CocoMetrics, Result, coco_ap, coco_index, coco_results, detect, load_ground_truth
@@ -40,7 +41,7 @@ class Score:
         return f"the teacher by its cached predictions, on {self.samples} {seen}: {self.metrics}"
 
 
-def score_store(store: Path, annotations: Annotations, limit: int = SCORED_SAMPLES) -> Score | None:
+def score_store(store: Location, annotations: Annotations, limit: int = SCORED_SAMPLES) -> Score | None:
     """Evaluate the cached predictions of the first `limit` samples of view 0; None if the store has none yet."""
     manifest, table = read_manifest(store), read_table(store)
     readable = finished_shards(store, manifest)[np.arange(len(table)) // manifest.layout.shard_samples]
@@ -89,14 +90,15 @@ def _cut(annotation: dict[str, Any], image: dict[str, Any], a: Augmentation) -> 
 
 
 def _results(
-    store: Path,
+    store: Location,
     image_ids: Mapping[int, int],
     augmentations: Mapping[int, Augmentation],
     category_ids: tuple[int, ...],
     shard_samples: int,
 ) -> Iterator[Result]:
     """Detections of each row, read a shard at a time by zarr-python; tokens, the bulk of a store, are not touched."""
-    logits, boxes_cxcywh = (zarr.open_array(store / name, mode="r") for name in ("logits", "boxes_cxcywh"))
+    files = locate(store).zarr_store()
+    logits, boxes_cxcywh = (zarr.open_array(files, path=name, mode="r") for name in ("logits", "boxes_cxcywh"))
     for shard in sorted({row // shard_samples for row in image_ids}):
         rows = [row for row in image_ids if row // shard_samples == shard]
         span = slice(min(rows), max(rows) + 1)

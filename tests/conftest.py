@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,20 @@ def coco_nano() -> Path:
 def deimv2_atto() -> Path:
     """A trained COCO detector of the DETR family: config.json, model.safetensors and the ONNX file."""
     return _shared_data("deimv2_atto")
+
+
+@pytest.fixture(scope="session")
+def two_images(coco_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two real images of val2017 in COCO's layout, as training and as validation split."""
+    data = tmp_path_factory.mktemp("two_images")
+    content = json.loads((coco_nano / "annotations" / "instances_val2017.json").read_text())
+    content["images"] = content["images"][:2]
+    ids = {image["id"] for image in content["images"]}
+    content["annotations"] = [item for item in content["annotations"] if item["image_id"] in ids]
+    (data / "annotations").mkdir()
+    for split in ("train2017", "val2017"):
+        (data / split).mkdir()
+        (data / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+        for image in content["images"]:
+            shutil.copy(coco_nano / "val2017" / image["file_name"], data / split)
+    return data

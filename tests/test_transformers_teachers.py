@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,23 +48,6 @@ SIDE = 128  # of the samples
 FIXED_SIZES = {"rf_detr": (112, 112)}  # whole windows of 14-pixel patches; the others need a multiple of 32
 SIZES = ((128, 64), (192, 256))  # height and width of two samples; the second needs no padding
 FREE = [name for name, family in FAMILIES.items() if family.own_size]
-
-
-@pytest.fixture(scope="module")
-def two_images(coco_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two real images of val2017 in COCO's layout, as training and as validation split."""
-    data = tmp_path_factory.mktemp("two_images")
-    content = json.loads((coco_nano / "annotations" / "instances_val2017.json").read_text())
-    content["images"] = content["images"][:2]
-    ids = {image["id"] for image in content["images"]}
-    content["annotations"] = [item for item in content["annotations"] if item["image_id"] in ids]
-    (data / "annotations").mkdir()
-    for split in ("train2017", "val2017"):
-        (data / split).mkdir()
-        (data / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
-        for image in content["images"]:
-            shutil.copy(coco_nano / "val2017" / image["file_name"], data / split)
-    return data
 
 
 @pytest.fixture(scope="module")
