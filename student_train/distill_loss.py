@@ -22,6 +22,7 @@ from common.resampling import bilinear_corners, match_levels, token_places, vali
 from common.runtime import mean_over_ranks
 from kernels import cached_feature_loss, hungarian, hungarian_start
 from student_train.set_loss import box_losses, queries_at
+from student_train.step_counts import StepCounts
 
 SOFT_WEIGHTS = BoxWeights(classes=1.0, l1=5.0, giou=2.0)  # the released configuration; the article names none
 
@@ -115,7 +116,12 @@ def pair_counts(matched: Tensor) -> Tensor:
 
 
 def logits_losses(
-    logits: Tensor, boxes_cxcywh: Tensor, cached: CachedBatch, boxes: int, mode: Literal["paper", "released"]
+    logits: Tensor,
+    boxes_cxcywh: Tensor,
+    cached: CachedBatch,
+    boxes: int,
+    mode: Literal["paper", "released"],
+    step: StepCounts | None = None,
 ) -> dict[str, Tensor]:
     """Hungarian-matching logits distillation (arXiv 2211.10156, section 3.1): `class`, `box` and, in `paper`, `place`.
 
@@ -126,7 +132,7 @@ def logits_losses(
 
     logits: (B, L, Q, K) before the sigmoid. boxes_cxcywh: (B, L, Q, 4) in 0..1. cached: at the student's L layers,
     with any number of queries. boxes: the largest count of ground-truth boxes, which may be 0. Each term is summed
-    over layers, within a layer divided by its number of pairs.
+    over layers, within a layer divided by its number of pairs: the step's where `step` is given, else the batch's.
     """
     teacher = positive_queries(cached, boxes) if mode == "paper" else all_queries(cached)
     matched = hungarian(soft_cost(logits, boxes_cxcywh, teacher), column_mask=teacher.valid)
@@ -135,14 +141,18 @@ def logits_losses(
         matching = hungarian_start(
             place_cost(boxes_cxcywh, negatives), unmatched_queries(matched, logits.shape[2]), negatives.valid
         )
-    counts = pair_counts(matched)
+    if step is None:
+        counts = pair_counts(matched)
+    else:
+        counts = (step.positives if mode == "paper" else step.pairs).expand(logits.shape[1])
     losses = {
         "class": soft_class_loss(logits, teacher, matched, counts, unmatched_are_empty=mode == "released"),
         "box": soft_box_loss(boxes_cxcywh, teacher, matched, counts),
     }
     if mode == "paper":
         matched = matching.result()
-        losses["place"] = soft_box_loss(boxes_cxcywh, negatives, matched, pair_counts(matched))
+        counts = pair_counts(matched) if step is None else step.negatives.expand(logits.shape[1])
+        losses["place"] = soft_box_loss(boxes_cxcywh, negatives, matched, counts)
     return losses
 
 

@@ -6,33 +6,45 @@ from torch import Tensor
 
 from common.matching import PaddedTargets, detection_cost, pad_targets, queries_of_boxes
 from common.records import CachedBatch, Targets
-from common.runtime import mean_over_ranks
 from kernels import hungarian, hungarian_start
 from student_train import distill_loss as distill
 from student_train.config import DistillationOptions
 from student_train.model import StudentOutput
 from student_train.set_loss import proposal_losses, set_loss
+from student_train.step_counts import StepCounts, own_counts
 
 Losses = dict[str, Tensor]
 
 
 def losses_of(
-    student: StudentOutput, targets: list[Targets], cached: CachedBatch | None, options: DistillationOptions
+    student: StudentOutput,
+    targets: list[Targets],
+    cached: CachedBatch | None,
+    options: DistillationOptions,
+    counts: StepCounts | None = None,
 ) -> Losses:
     """The weighted losses, whose sum is minimised. A loss of weight 0 is neither computed nor listed.
 
-    cached: the teacher's records of the batch; None trains plainly. Matchings are solved on the host: they are started
-    as soon as their costs are known, and what needs none of them is computed before the first is waited for.
+    cached: the teacher's records of the batch; None trains plainly. counts: of the step that this batch is a part of,
+    by which the losses are divided, so that those of all parts add up to the step's; by default the batch is the whole
+    step of its rank. (A loss that is a mean over samples is multiplied by the batch's share of them.) Matchings are
+    solved on the host: they are started as soon as their costs are known, and what needs none of them is computed
+    before the first is waited for.
     """
     output, truth = student.output, pad_targets(targets)
-    box_count = mean_over_ranks(truth.valid.sum().float()).clamp(min=1)
+    if counts is None:
+        queries = output.logits.shape[2]
+        boxes = [len(of_sample.labels) for of_sample in targets]
+        own = own_counts(boxes, queries, queries if cached is None else cached.logits.shape[2])
+        counts = StepCounts.from_ranks(own.to(output.logits))
+    box_count = counts.boxes
     cost = detection_cost(output.logits, output.boxes_cxcywh, truth)
     matching = hungarian_start(cost, column_mask=truth.valid.unsqueeze(1))
 
     losses: Losses = {}
     if cached is not None:
         cached = distill.at_student_layers(cached, output.logits.shape[1])
-        losses |= _distillation_losses(student, truth, cached, box_count, options)
+        losses |= _distillation_losses(student, truth, cached, counts, options)
     losses |= _named("detection", set_loss(output.logits, output.boxes_cxcywh, truth, matching.result(), box_count))
     if output.proposals is not None:
         losses |= _named("proposals", proposal_losses(*output.proposals, output.token_mask, truth, box_count))
@@ -40,7 +52,7 @@ def losses_of(
 
 
 def _distillation_losses(
-    student: StudentOutput, truth: PaddedTargets, cached: CachedBatch, box_count: Tensor, options: DistillationOptions
+    student: StudentOutput, truth: PaddedTargets, cached: CachedBatch, counts: StepCounts, options: DistillationOptions
 ) -> Losses:
     output, boxes = student.output, truth.labels.shape[1]
     losses: Losses = {}
@@ -51,16 +63,16 @@ def _distillation_losses(
             feature_loss = distill.resampled_feature_loss(
                 student.tokens, output.level_shapes, output.token_mask, student.strides, cached
             )
-        losses["features"] = options.feature_weight * feature_loss
+        losses["features"] = options.feature_weight * feature_loss * (len(truth.labels) / counts.samples)
     if student.teacher_group is not None:  # under the teacher's own assignment or, released, the student's
         if options.mode == "paper":
             matched = queries_of_boxes(cached.assignment, boxes)
         else:
             matched = hungarian(detection_cost(*student.teacher_group, truth), column_mask=truth.valid.unsqueeze(1))
-        assigned = set_loss(*student.teacher_group, truth, matched, box_count)
+        assigned = set_loss(*student.teacher_group, truth, matched, counts.boxes)
         losses |= _named("assignment", assigned, options.assignment_weight)
     if options.logits_weight:
-        soft = distill.logits_losses(output.logits, output.boxes_cxcywh, cached, boxes, options.mode)
+        soft = distill.logits_losses(output.logits, output.boxes_cxcywh, cached, boxes, options.mode, counts)
         losses |= _named("logits", soft, options.logits_weight)
     return losses
 

@@ -1,0 +1,51 @@
+"""What the losses of a step are divided by: counts of the whole step, however ranks and micro-batches share it.
+
+They follow from the ground truth alone, so they are known before the first forward pass, and the gradients of
+micro-batches add up to the gradient of the step as one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.runtime import mean_over_ranks
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Counts per rank on average, scalars of at least 1 on one device.
+
+    samples. boxes: of the ground truth. positives: pairs of a student query and a teacher query that has a box, in one
+    decoder layer. negatives: pairs of those left over. pairs: where all of the teacher's queries are matched at once.
+    """
+
+    samples: Tensor
+    boxes: Tensor
+    positives: Tensor
+    negatives: Tensor
+    pairs: Tensor
+
+    @classmethod
+    def from_ranks(cls, own: Tensor) -> StepCounts:
+        """From `own_counts` of every rank's samples. All ranks have to call this at once."""
+        return cls(*mean_over_ranks(own).clamp(min=1).unbind())
+
+
+def own_counts(boxes: Sequence[int], student_queries: int, teacher_queries: int) -> Tensor:
+    """The counts (5,) float64 of one rank's samples with these numbers of ground-truth boxes.
+
+    A matching pairs off as many as there are on the smaller side: the teacher's gave min(boxes, its queries) a box.
+    """
+    with_box = [min(count, teacher_queries) for count in boxes]
+    positives = [min(count, student_queries) for count in with_box]
+    negatives = [
+        min(teacher_queries - teacher, student_queries - student)
+        for teacher, student in zip(with_box, positives, strict=True)
+    ]
+    pairs = len(boxes) * min(teacher_queries, student_queries)
+    counts = (len(boxes), sum(boxes), sum(positives), sum(negatives), pairs)
+    return torch.tensor(counts, dtype=torch.float64)
