@@ -31,12 +31,12 @@ def cached_feature_loss(
     distillation of DETRDistill (arXiv 2211.10156) with its masks folded into one weight per token, on the tokens that
     were kept. The caller folds every normalisation into the weights.
 
-    student: (B, T, C) float32, bf16 or fp16, the only input with a gradient. tokens: (S, C) float16 or int8, or
-    (S, C/2) uint8 holding two int4 in -8..7 each, in two's complement: the even channel in the low nibble, the odd one
-    in the high nibble. positions: (S,) int64 into the T of the (padded) student; those of one sample are all different.
-    weights: (S,) float32. offsets: (B+1,) int64: tokens offsets[b]:offsets[b+1] belong to sample b. scales: (S, G)
-    float16 or float32, one for each group of C/G neighbouring channels. channel_scale, channel_shift: (C,). What is
-    None is left out. Returns a float32 scalar (float64 for a float64 student).
+    student: (B, T, C) float32, bf16 or fp16, the only input with a gradient. tokens: (S, C) float32, float16 or
+    int8, or (S, C/2) uint8 holding two int4 in -8..7 each, in two's complement: the even channel in the low nibble, the
+    odd one in the high nibble. positions: (S,) int64 into the T of the (padded) student; those of one sample are all
+    different. weights: (S,) float32. offsets: (B+1,) int64: tokens offsets[b]:offsets[b+1] belong to sample b. scales:
+    (S, G) float16 or float32, one for each group of C/G neighbouring channels. channel_scale, channel_shift: (C,). What
+    is None is left out. Returns a float32 scalar (float64 for a float64 student).
 
     The gradient of student is the only tensor of its size that is allocated, unless backend is "reference". The "cpu"
     and "triton" versions add in a fixed order.
@@ -147,8 +147,8 @@ def _check(
     if student.dim() != 3 or not student.is_floating_point():
         raise ValueError(f"student must be floating and (B, T, C), got {student.dtype} {tuple(student.shape)}")
     batch, _, channels = student.shape
-    if tokens.dtype not in (torch.float16, torch.int8, torch.uint8):
-        raise ValueError(f"tokens must be float16, int8 or uint8 (two int4), got {tokens.dtype}")
+    if tokens.dtype not in (torch.float32, torch.float16, torch.int8, torch.uint8):
+        raise ValueError(f"tokens must be float32, float16, int8 or uint8 (two int4), got {tokens.dtype}")
     stored = channels // 2 if tokens.dtype == torch.uint8 else channels
     kept = positions.shape[0]
     shapes = {

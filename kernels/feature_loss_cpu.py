@@ -49,17 +49,21 @@ def _float_to_bfloat(value):  # type: ignore[no-untyped-def]
 def _difference(student, tokens, row, s, scales, channel_scale, channel_shift, difference):  # type: ignore[no-untyped-def]
     """difference[c] = student[row, c] - decode(tokens)[s, c].
 
-    The dtypes say what is stored: tokens are int8, two int4 in uint8 or the bits of a half in uint16; the student is
-    float32, float64 or the bits of a bfloat in uint16. What does not apply is folded away by the compiler.
+    The dtypes say what is stored: tokens are float32, int8, two int4 in uint8 or the bits of a half in uint16; the
+    student is float32, float64 or the bits of a bfloat in uint16. What does not apply is folded away by the compiler.
     """
     channels = difference.size
     if tokens.itemsize == 2:
         for c in range(channels):
             difference[c] = _half_to_float(np.uint16(tokens[s, c]))
+    elif tokens.itemsize == 4:
+        for c in range(channels):
+            difference[c] = tokens[s, c]
     elif 2 * tokens.shape[1] == channels:
         for i in range(tokens.shape[1]):
-            difference[2 * i] = np.int32((tokens[s, i] & 15) ^ 8) - 8
-            difference[2 * i + 1] = np.int32(((tokens[s, i] >> 4) & 15) ^ 8) - 8
+            byte = np.int32(tokens[s, i])
+            difference[2 * i] = ((byte & 15) ^ 8) - 8
+            difference[2 * i + 1] = ((byte >> 4) ^ 8) - 8
     else:
         for c in range(channels):
             difference[c] = np.int32(tokens[s, c])

@@ -15,8 +15,8 @@ def decode_tokens(
 ) -> Tensor:
     """Cached tokens as floats (S, C): `q * scales[s, group(c)] * channel_scale[c] + channel_shift[c]`.
 
-    tokens: (S, C) float16 or int8, or (S, C/2) uint8 holding two int4 in -8..7: the even channel in the low nibble, the
-    odd one in the high nibble, both in two's complement.
+    tokens: (S, C) float32, float16 or int8, or (S, C/2) uint8 holding two int4 in -8..7: the even channel in the low
+    nibble, the odd one in the high nibble, both in two's complement.
     """
     if tokens.dtype == torch.uint8:
         nibbles = torch.stack((tokens & 15, tokens >> 4), dim=-1).flatten(1).to(torch.int8)

@@ -66,6 +66,8 @@ CASES = {
     "int8, nothing else": ("int8", torch.float32, 0, False),
     "int4": ("int4", torch.float32, 4, True),
     "float16": ("float16", torch.float32, 0, False),
+    "float32": ("float32", torch.float32, 0, False),
+    "float32, bf16 student": ("float32", torch.bfloat16, 2, True),
     "float16, groups": ("float16", torch.float32, 2, True),
     "int8, bf16 student": ("int8", torch.bfloat16, 2, True),
     "int4, fp16 student": ("int4", torch.float16, 1, True),
@@ -81,6 +83,8 @@ def inputs(name: str, channels: int = 12, length: int = 9, counts: tuple[int, ..
         tokens = torch.randint(-128, 128, (total, channels), dtype=torch.int8, generator=generator)
     elif kind == "int4":
         tokens = torch.randint(256, (total, channels // 2), dtype=torch.uint8, generator=generator)
+    elif kind == "float32":
+        tokens = torch.randn(total, channels, generator=generator)
     else:
         tokens = torch.randn(total, channels, generator=generator).half()
         tokens.view(-1)[:6] = torch.tensor([0.0, -0.0, 6e-8, -3e-6, 65504.0, 6.2e-5]).half()  # subnormal and largest

@@ -156,7 +156,7 @@ def test_compile_without_graph_breaks() -> None:
     ("change", "message"),
     [
         ({"student": torch.zeros(9, 12)}, r"student must be floating and \(B, T, C\)"),
-        ({"tokens": torch.zeros(14, 12, dtype=torch.int32)}, "tokens must be float16, int8 or uint8"),
+        ({"tokens": torch.zeros(14, 12, dtype=torch.int32)}, "tokens must be float32, float16, int8 or uint8"),
         ({"tokens": torch.zeros(14, 12, dtype=torch.uint8)}, r"tokens must be \(14, 6\)"),
         ({"positions": torch.zeros(14)}, "positions must be int64"),
         ({"positions": torch.full((14,), 9)}, "positions must lie in 0..8"),
