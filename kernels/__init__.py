@@ -3,8 +3,21 @@
 One facade per operator; behind it a pure-PyTorch reference (the truth), a CPU version (numba) and a Triton version.
 """
 
+from typing import TYPE_CHECKING
+
 from kernels.deformable import deformable_attention
 from kernels.feature_loss import cached_feature_loss
 from kernels.matching import Matching, hungarian, hungarian_start
 
 __all__ = ["Matching", "cached_feature_loss", "deformable_attention", "hungarian", "hungarian_start"]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> None:
+        """Hugging Face's libraries import these from PyPI's package of our name, where that is installed too."""
+        if name in ("CUDAProperties", "LayerRepository", "Mode", "get_kernel", "kernelize"):
+            raise ImportError(
+                f"{name} is wanted of PyPI's `kernels`, which DETRCache's package of that name hides: run"
+                " `pip uninstall kernels`, or call teacher_dump.transformers_teacher.import_transformers() first"
+            )
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
