@@ -110,6 +110,9 @@ class CachedBatch:
     strides, scaled where it resized the sample to its own input; None if they are the student's.
     queries (B, L, Q, C), logits (B, L, Q, K), boxes_cxcywh (B, L, Q, 4), quality (B, L, Q) in 0..1, all floating;
     assignment (B, L, Q) int64: which ground-truth box the teacher's own Hungarian matching gave the query, -1 for none.
+    neck (T, C), neck_scales, neck_channel_scale, neck_channel_shift: the encoder's input, as tokens is its output;
+    neck_weights (T,) float32, the weight map of the released code. None unless the store holds them, with all tokens.
+    A field that was left out when reading has no rows.
     """
 
     tokens: Tensor
@@ -126,3 +129,8 @@ class CachedBatch:
     quality: Tensor
     assignment: Tensor
     level_strides: Tensor | None = None
+    neck: Tensor | None = None
+    neck_scales: Tensor | None = None
+    neck_channel_scale: Tensor | None = None
+    neck_channel_shift: Tensor | None = None
+    neck_weights: Tensor | None = None

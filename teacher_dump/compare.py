@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.cache.codec import INT8_STEP_ERROR, ChannelStatistics, decode_tokens
+from common.cache.codec import INT8_STEP_ERROR, ChannelStatistics, Stored, decode_tokens
 from common.cache.reader import CacheReader
 from common.cache.writer import Record
 from common.runtime import log
 from teacher_dump.config import SourceOptions
-from teacher_dump.encode import read_statistics, run_teacher, token_fields
+from teacher_dump.encode import Statistics, read_statistics, run_teacher, stored_neck, token_fields
 from teacher_dump.job import Job, Sample, job_of_store, load_sample
 from teacher_dump.records import stored_records
 from teacher_dump.tables import table
@@ -95,19 +95,17 @@ def _compare(
     sample: Sample,
     record: Record,
     answer: Record,
-    statistics: ChannelStatistics | None,
+    statistics: Statistics,
     comparisons: dict[str, Comparison],
 ) -> None:
     codec, memory, weights = job.manifest.codec, answer["memory"], answer["weights"]
     fresh = token_fields(job.manifest, len(record["tokens"]), sample.image_id, sample.view, memory, weights, statistics)
     positions = record.get("token_positions", fresh["token_positions"])
-    decoded = decode_tokens({name: record[name] for name in ("tokens", "token_scales") if name in record}, statistics)
-    bound: Floats | float
-    if codec.tokens == "int8" and statistics is not None:
-        bound = INT8_STEP_ERROR * record["token_scales"].astype(np.float32) * statistics.channel_scale
-    else:
-        bound = _rounding(memory[positions], record["tokens"])
-    comparisons["tokens"].add(decoded, memory[positions], bound)
+    tokens = {name: record[name] for name in ("tokens", "token_scales") if name in record}
+    _add_features(comparisons["tokens"], tokens, memory[positions], statistics.tokens)
+    if codec.neck:
+        _add_features(comparisons["neck"], stored_neck(record), answer["neck"], statistics.neck)
+        comparisons["neck_weights"].add(record["neck_weights"], answer["neck_weights"], 0.0)
     if "token_positions" in record:
         comparisons["token_positions"].add_choices(positions, fresh["token_positions"])
     same = positions == fresh["token_positions"]
@@ -115,6 +113,18 @@ def _compare(
     for name in ("queries", "logits", "boxes_cxcywh", "quality"):
         comparisons[name].add(record[name], answer[name], _rounding(answer[name], record[name]))
     comparisons["assignment"].add_choices(record["assignment"], answer["assignment"])
+
+
+def _add_features(
+    comparison: Comparison, stored: Stored, teacher: Floats, statistics: ChannelStatistics | None
+) -> None:
+    """Compare features as they are stored with the teacher's."""
+    bound: Floats | float
+    if statistics is None:
+        bound = _rounding(teacher, stored["tokens"])
+    else:
+        bound = INT8_STEP_ERROR * stored["token_scales"].astype(np.float32) * statistics.channel_scale
+    comparison.add(decode_tokens(stored, statistics), teacher, bound)
 
 
 def _rounding(values: Array, stored: Array) -> Floats | float:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
-from common.cache.schema import TokenCodec
+from common.cache.schema import CodecInfo, TokenCodec
 
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
@@ -16,7 +16,14 @@ OptionalSize = Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="HEIGHT W
 OptionalInts = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...")]
 StorePath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
 NewStorePath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+PresetName = Literal["standard", "compact", "full"]
 Config = TypeVar("Config")
+
+PRESETS: dict[PresetName, CodecInfo] = {
+    "standard": CodecInfo("fp16", 1.0),
+    "compact": CodecInfo("int8", 0.25),
+    "full": CodecInfo("fp32", 1.0, neck=True),
+}
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,24 @@ class StoreOptions:
 
     out: Path = Path("store.zarr")
     """The store to write. An unfinished one of the same configuration is completed."""
-    tokens: TokenCodec = "fp16"
+    preset: PresetName = "standard"
+    """What the following three are unless they are given. standard: fp16, all tokens. compact: int8, a quarter of the
+    tokens. full: fp32, all tokens and the neck's features, lossless and for every loss."""
+    tokens: Annotated[TokenCodec | None, tyro.conf.arg(metavar="{fp32,fp16,int8}", help_behavior_hint="")] = None
     """How token features are stored: fp32 is lossless, int8 takes half of fp16's bytes."""
-    keep_tokens: float = 1.0
+    keep_tokens: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
     """Fraction of each sample's tokens to keep, drawn by their weight without bias; 1 keeps all."""
+    neck: bool = False
+    """Store the encoder's input too, all tokens of it: for --mode released and for FGD (docs/losses.md)."""
+
+    @property
+    def codec(self) -> CodecInfo:
+        preset = PRESETS[self.preset]
+        return CodecInfo(
+            preset.tokens if self.tokens is None else self.tokens,
+            preset.keep_tokens if self.keep_tokens is None else self.keep_tokens,
+            preset.neck or self.neck,
+        )
 
 
 @dataclass(frozen=True)
@@ -164,6 +185,8 @@ class TranscodeConfig:
     """How token features are stored. (default: as in the store that is read)"""
     keep_tokens: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     """Fraction of each sample's tokens to keep. (default: as in the store that is read)"""
+    neck: bool = True
+    """Keep the neck's features if the store has them and all tokens are kept; --no-neck leaves them out."""
     views: OptionalInt = None
     """Keep only this many views, from the first. (default: all)"""
 

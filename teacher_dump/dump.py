@@ -99,10 +99,7 @@ def _constants(job: Job) -> dict[str, npt.NDArray[np.float32]]:
     if job.manifest.codec.tokens == "int8":
         rows = range(min(CALIBRATION_SAMPLES, len(job.plan.table)))
         samples = [load_sample(job, row, skip_broken=True) for row in rows]
-        memories = [
-            answer["memory"]
-            for batch in batches(samples, job.manifest.batch_size)
-            for answer in run_teacher(job, batch)
-        ]
-        constants |= calibrate(job.manifest, memories)
+        found = [answer for batch in batches(samples, job.manifest.batch_size) for answer in run_teacher(job, batch)]
+        necks = [answer["neck"] for answer in found if "neck" in answer]
+        constants |= calibrate(job.manifest, [answer["memory"] for answer in found], necks)
     return constants

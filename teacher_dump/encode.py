@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from common.cache.codec import ChannelStatistics, encode_tokens, measure_channels
+from common.cache.codec import ChannelStatistics, Stored, encode_tokens, measure_channels
 from common.cache.reader import read_constants
 from common.cache.sampling import draw_tokens
 from common.cache.schema import Manifest
 from common.cache.writer import Record, blank_record
 from common.errors import UserError
+from common.teacher import answers
 from teacher_dump.job import Job, Sample
-from teacher_dump.targets import assignment_and_quality, token_weights
 
 Floats = npt.NDArray[np.float32]
 
+NECK_FIELDS = {"tokens": "neck", "token_scales": "neck_scales"}
 CALIBRATION_SAMPLES = 16  # of the plan's first samples, for the spread of the channels
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """The channel statistics that a store's features are encoded with; None for what is not int8 or not stored."""
+
+    tokens: ChannelStatistics | None = None
+    neck: ChannelStatistics | None = None
+
+
 def encode_records(
-    job: Job, samples: Sequence[Sample], answers: Sequence[Record], statistics: ChannelStatistics | None
+    job: Job, samples: Sequence[Sample], found: Sequence[Record], statistics: Statistics
 ) -> list[Record]:
     """The records of some samples, from the answers of `run_teacher`; those of broken images are blank."""
-    remaining = iter(answers)
+    remaining = iter(found)
     counts = job.plan.table.token_count
     records: list[Record] = []
     for sample in samples:
@@ -37,6 +48,8 @@ def encode_records(
         answer = dict(next(remaining))
         memory, weights = answer.pop("memory"), answer.pop("weights")
         tokens = token_fields(job.manifest, kept, sample.image_id, sample.view, memory, weights, statistics)
+        if "neck" in answer:
+            answer |= encode_neck(job.manifest, answer["neck"], statistics)
         records.append({**answer, **tokens})
     return records
 
@@ -44,33 +57,25 @@ def encode_records(
 def run_teacher(job: Job, samples: Sequence[Sample]) -> list[Record]:
     """What the teacher says of each sample that has an image: all its tokens, before anything is left out or rounded.
 
-    memory (T, C) float32 and weights (T,) float32 of all tokens, and the sample fields of a record.
+    memory (T, C) float32 and weights (T,) float32 of all tokens, the same of the neck (neck and neck_weights) where the
+    store holds it, and the sample fields of a record.
     """
-    whole = [sample for sample in samples if sample.image is not None]
+    whole = [(sample, sample.image) for sample in samples if sample.image is not None]
     if not whole:
         return []
-    output = job.teacher.run([sample.image for sample in whole if sample.image is not None])
-    targets = [sample.targets.to(output.logits.device) for sample in whole]
-    assignment, quality = assignment_and_quality(output.logits, output.boxes_cxcywh, targets)
-    columns = {
-        "queries": output.queries,
-        "logits": output.logits,
-        "boxes_cxcywh": output.boxes_cxcywh,
-        "quality": quality,
-        "assignment": assignment,
-    }
-    arrays = {name: column.cpu().numpy() for name, column in columns.items()}
-    answers: list[Record] = []
-    for index, sample in enumerate(whole):
-        weights = token_weights(output.queries[index], output.memory[index], quality[index])
-        answer = {name: column[index] for name, column in arrays.items()} | {
-            "memory": output.memory[index].cpu().numpy(),
-            "weights": weights.cpu().numpy(),
-        }
-        if not (np.isfinite(answer["memory"]).all() and np.isfinite(answer["logits"]).all()):
+    found = answers(
+        job.teacher.run([image for _, image in whole]),
+        [sample.targets for sample, _ in whole],
+        [job.teacher.grid(int(image.shape[1]), int(image.shape[2])) for _, image in whole],
+        with_neck=job.manifest.codec.neck,
+    )
+    records: list[Record] = []
+    for (sample, _), answer in zip(whole, found, strict=True):
+        record = {name: value.cpu().numpy() for name, value in vars(answer).items() if isinstance(value, torch.Tensor)}
+        if not (np.isfinite(record["memory"]).all() and np.isfinite(record["logits"]).all()):
             raise UserError(f"the teacher gave NaN or infinite values for image {sample.image_id}; check its weights")
-        answers.append(answer)
-    return answers
+        records.append(record)
+    return records
 
 
 def token_fields(
@@ -80,26 +85,48 @@ def token_fields(
     view: int,
     memory: Floats,
     weights: Floats,
-    statistics: ChannelStatistics | None,
+    statistics: Statistics,
 ) -> Record:
     """The token fields of one sample: `kept` of its tokens (T, C), drawn by their weights (T,), and encoded."""
     positions, kept_weights = draw_tokens(weights, kept, (manifest.views.seed, image_id, view))
-    encoded = encode_tokens(memory[positions], manifest.codec.tokens, statistics)
+    encoded = encode_tokens(memory[positions], manifest.codec.tokens, statistics.tokens)
     return {**encoded, "token_positions": positions, "token_weights": kept_weights}
 
 
-def calibrate(manifest: Manifest, memories: Sequence[Floats]) -> dict[str, Floats]:
+def encode_neck(manifest: Manifest, neck: Floats, statistics: Statistics) -> Record:
+    """The stored fields of a sample's neck features (T, C), all of them."""
+    encoded = encode_tokens(neck, manifest.codec.tokens, statistics.neck)
+    return {NECK_FIELDS[name]: value for name, value in encoded.items()}
+
+
+def stored_neck(record: Record) -> Stored:
+    """The fields that `encode_neck` gave, under the names that `decode_tokens` knows."""
+    return {name: record[neck] for name, neck in NECK_FIELDS.items() if neck in record}
+
+
+def calibrate(manifest: Manifest, memories: Sequence[Floats], necks: Sequence[Floats] = ()) -> dict[str, Floats]:
     """The store's channel statistics, where its codec needs them, from all tokens of CALIBRATION_SAMPLES samples."""
     if manifest.codec.tokens != "int8":
         return {}
     if not memories:
         raise UserError(f"none of the first {CALIBRATION_SAMPLES} images could be decoded; check the image folder")
-    return dict(vars(measure_channels(np.concatenate(list(memories)))))
+    constants: dict[str, Floats] = dict(vars(measure_channels(np.concatenate(list(memories)))))
+    if manifest.codec.neck:
+        measured = vars(measure_channels(np.concatenate(list(necks))))
+        constants |= {f"neck_{name}": value for name, value in measured.items()}
+    return constants
 
 
-def read_statistics(store: Path) -> ChannelStatistics | None:
-    """The channel statistics that the tokens of a store are encoded with, if they are."""
-    constants = read_constants(store)
-    if "channel_scale" not in constants:
-        return None
-    return ChannelStatistics(constants["channel_scale"].numpy(), constants["channel_shift"].numpy())
+def statistics_of(constants: dict[str, Floats]) -> Statistics:
+    """The channel statistics among a store's constants."""
+
+    def measured(prefix: str) -> ChannelStatistics | None:
+        scale, shift = constants.get(f"{prefix}channel_scale"), constants.get(f"{prefix}channel_shift")
+        return None if scale is None or shift is None else ChannelStatistics(scale, shift)
+
+    return Statistics(measured(""), measured("neck_"))
+
+
+def read_statistics(store: Path) -> Statistics:
+    """The channel statistics that the features of a store are encoded with, if they are."""
+    return statistics_of({name: value.numpy() for name, value in read_constants(store).items()})

@@ -15,15 +15,16 @@ from torch import Tensor
 from common.augment import AugmentPolicy, apply_boxes, apply_image, evaluation_policy, policy_of_sizes
 from common.cache.plan import Plan, make_plan
 from common.cache.reader import read_manifest
-from common.cache.schema import CodecInfo, DataInfo, Layout, Manifest, ViewInfo, differences
+from common.cache.schema import DataInfo, Layout, Manifest, ViewInfo, differences
 from common.cache.writer import read_table
 from common.coco import Annotations, check_images, load_annotations
 from common.errors import UserError
 from common.images import load_image, pixel_fingerprint
 from common.records import Augmentation, ImageEntry, Targets
 from common.runtime import choose_device, software_versions
+from common.teacher import Teacher
 from teacher_dump.config import DataOptions, DumpConfig, SourceOptions
-from teacher_dump.teachers import Teacher, load_teacher
+from teacher_dump.teachers import load_teacher
 
 Item = TypeVar("Item")
 
@@ -53,8 +54,16 @@ class Sample:
 
 def prepare(config: DumpConfig, annotations: Annotations, teacher: Teacher) -> Job:
     """The manifest and the plan of a new store."""
-    if not 0 < config.store.keep_tokens <= 1:
-        raise UserError(f"expected --keep-tokens above 0 and at most 1, found {config.store.keep_tokens}")
+    codec = config.store.codec
+    if not 0 < codec.keep_tokens <= 1:
+        raise UserError(f"expected --keep-tokens above 0 and at most 1, found {codec.keep_tokens}")
+    if codec.neck and codec.keep_tokens < 1:
+        raise UserError(f"expected all tokens with the neck's features, found --keep-tokens {codec.keep_tokens:g}")
+    if codec.neck and not teacher.has_neck:
+        raise UserError(
+            f"expected a teacher that gives its neck's features, found {teacher.info.name}, of which only the encoder's"
+            " output is known: leave --neck and --preset full out"
+        )
     for name, value in (("--views", config.data.views), ("--batch-size", config.teacher.batch_size)):
         if value < 1:
             raise UserError(f"expected {name} of 1 or more, found {value}")
@@ -62,7 +71,7 @@ def prepare(config: DumpConfig, annotations: Annotations, teacher: Teacher) -> J
         teacher=teacher.info,
         data=_data_info(annotations, config.data.split),
         views=ViewInfo(config.data.seed, config.data.views, _policy(config.data), pixel_fingerprint()),
-        codec=CodecInfo(config.store.tokens, config.store.keep_tokens),
+        codec=codec,
         layout=Layout(samples=0, shard_samples=1, shard_tokens=1, page_tokens=1),  # the plan decides it
         batch_size=config.teacher.batch_size,
         software=_software(),

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.cache.codec import ChannelStatistics
 from common.cache.plan import field_bytes, store_bytes
 from common.cache.storage import locate
 from common.coco import load_annotations
 from common.errors import UserError
 from common.runtime import choose_device
 from teacher_dump.config import DumpConfig, PlanConfig
-from teacher_dump.encode import calibrate, encode_records, run_teacher
+from teacher_dump.encode import Statistics, calibrate, encode_records, run_teacher, statistics_of
 from teacher_dump.job import Job, load_sample, prepare
 from teacher_dump.tables import duration, facts, size, table
 from teacher_dump.teachers import load_teacher
@@ -50,7 +49,7 @@ def run_plan(config: PlanConfig) -> str:
 def measure(job: Job, batches: int) -> Costs:
     """Run that many of the dump's batches, evenly spaced over the plan, after one to warm up."""
     group, count = job.manifest.batch_size, len(job.plan.table)
-    statistics: ChannelStatistics | None = None
+    statistics = Statistics()
     times_s = []
     for start in (0, *np.linspace(0, max(0, count - group), batches, dtype=int).tolist()):
         marks_s = [time.perf_counter()]
@@ -58,8 +57,9 @@ def measure(job: Job, batches: int) -> Costs:
         marks_s.append(time.perf_counter())
         answers = run_teacher(job, samples)
         marks_s.append(time.perf_counter())
-        if statistics is None and job.manifest.codec.tokens == "int8":
-            statistics = ChannelStatistics(**calibrate(job.manifest, [answer["memory"] for answer in answers]))
+        if statistics.tokens is None:
+            necks = [answer["neck"] for answer in answers if "neck" in answer]
+            statistics = statistics_of(calibrate(job.manifest, [answer["memory"] for answer in answers], necks))
         encode_records(job, samples, answers, statistics)
         marks_s.append(time.perf_counter())
         times_s.append(np.diff(marks_s) / len(samples))

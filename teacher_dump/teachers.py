@@ -1,58 +1,20 @@
-"""Teachers: anything that gives features, queries, logits and boxes for a list of images."""
+"""Teachers by name: anything that gives features, queries, logits and boxes for a list of images."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from common.cache.schema import TeacherInfo
-from common.coco import Annotations, output_columns
+from common.coco import Annotations
 from common.detr.detector import DeformableDetr
 from common.detr.presets import PRESETS
 from common.detr.weights import load_detector
 from common.errors import UserError
-from common.geometry import level_shapes, token_positions_in_batch
-from common.images import collate, normalise
-from common.records import LevelShapes, Targets
 from common.runtime import log
+from common.teacher import Teacher, detector_teacher, sha256_of
 
 RANDOM, TRANSFORMERS = "random:", "hf:"
-
-
-@dataclass(frozen=True)
-class TeacherOutput:
-    """What a teacher says of B samples, each without padding.
-
-    memory: B tensors (T_b, C) float32, the encoder's output over all levels. queries (B, L, Q, C), logits (B, L, Q, K)
-    before the sigmoid, with one column per class of the data set, boxes_cxcywh (B, L, Q, 4), of every decoder layer.
-    """
-
-    memory: list[Tensor]
-    queries: Tensor
-    logits: Tensor
-    boxes_cxcywh: Tensor
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A teacher, ready to run.
-
-    run: B uint8 images (3, h, w), replayed but neither normalised nor padded, which is the teacher's own affair, -> its
-    output. grid: (height, width) of a sample -> the shapes of its feature levels. constants: what the teacher has
-    once, such as query_embeddings (Q, 2C).
-    """
-
-    info: TeacherInfo
-    constants: Mapping[str, npt.NDArray[np.float32]]
-    run: Callable[[Sequence[Tensor]], TeacherOutput]
-    grid: Callable[[int, int], LevelShapes]
 
 
 def load_teacher(
@@ -89,58 +51,6 @@ def load_teacher(
             log.info(line)
         weights_sha256, trained = sha256_of(path), True
     return detector_teacher(model.to(device), name, weights_sha256, trained, category_ids)
-
-
-def detector_teacher(
-    model: DeformableDetr, name: str, weights_sha256: str, trained: bool, category_ids: Sequence[int]
-) -> Teacher:
-    """A Deformable DETR of this project as a teacher."""
-    model = model.eval().requires_grad_(False)
-    config, device = model.config, next(model.parameters()).device
-    columns = list(output_columns(category_ids, config.num_classes))
-    embeddings = model.query_embeddings
-    constants = {} if embeddings is None else {"query_embeddings": embeddings.detach().float().cpu().numpy()}
-    info = TeacherInfo(
-        name=Path(name).name,
-        weights_sha256=weights_sha256,
-        trained=trained,
-        layers=config.decoder_layers,
-        queries=config.queries,
-        channels=config.width,
-        strides=tuple(model.strides),
-    )
-
-    def grid(height: int, width: int) -> LevelShapes:
-        return level_shapes(height, width, info.strides)
-
-    @torch.inference_mode()
-    def run(images: Sequence[Tensor]) -> TeacherOutput:
-        nothing = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-        batch = collate([(normalise(image), nothing) for image in images])
-        output = model(batch.images.to(device), batch.padding_mask.to(device))
-        positions = [
-            token_positions_in_batch(grid(*image.shape[-2:]), output.level_shapes).to(device) for image in images
-        ]
-        return TeacherOutput(
-            memory=[memory[position] for memory, position in zip(output.memory, positions, strict=True)],
-            queries=output.queries,
-            logits=output.logits[..., columns],
-            boxes_cxcywh=output.boxes_cxcywh,
-        )
-
-    return Teacher(info, constants, run, grid)
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file, or of all files of a folder with their names."""
-    if path.is_dir():
-        parts = [f"{file.relative_to(path)} {sha256_of(file)}" for file in sorted(path.rglob("*")) if file.is_file()]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _random_detector(name: str, classes: int, seed: int) -> DeformableDetr:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from tqdm import tqdm
 
-from common.cache.codec import ChannelStatistics, decode_tokens, encode_tokens
+from common.cache.codec import decode_tokens, encode_tokens
 from common.cache.plan import Plan, SampleTable, lay_out, store_bytes
 from common.cache.reader import CacheReader
 from common.cache.sampling import draw_tokens
@@ -19,7 +19,7 @@ from common.cache.writer import SKIPPED, Record, blank_record, read_skipped, sha
 from common.errors import UserError
 from common.runtime import Ranks, log
 from teacher_dump.config import PruneConfig, TranscodeConfig
-from teacher_dump.encode import CALIBRATION_SAMPLES, calibrate, read_statistics
+from teacher_dump.encode import CALIBRATION_SAMPLES, Statistics, calibrate, encode_neck, read_statistics, stored_neck
 from teacher_dump.job import batches
 from teacher_dump.records import stored_records
 from teacher_dump.store import (
@@ -114,7 +114,8 @@ def run_prune(config: PruneConfig) -> None:
 def _target(source: CacheReader, config: TranscodeConfig) -> tuple[Manifest, Plan]:
     """What a dump with the new settings would have planned: the order of the samples stays."""
     there = source.manifest.codec
-    codec = CodecInfo(config.tokens or there.tokens, config.keep_tokens or there.keep_tokens)
+    keep_tokens = config.keep_tokens or there.keep_tokens
+    codec = CodecInfo(config.tokens or there.tokens, keep_tokens, there.neck and config.neck and keep_tokens == 1)
     if not 0 < codec.keep_tokens <= 1:
         raise UserError(f"expected --keep-tokens above 0 and at most 1, found {codec.keep_tokens}")
     if there.keep_tokens < 1 and codec.keep_tokens != there.keep_tokens:
@@ -146,8 +147,10 @@ def _constants(source: CacheReader, manifest: Manifest, blank: set[int]) -> Cons
     constants = {name: value.numpy() for name, value in source.constants.items()}
     if source.manifest.codec.tokens != manifest.codec.tokens:
         rows = [row for row in range(min(CALIBRATION_SAMPLES, len(source.table))) if row not in blank]
-        memories = [decode_tokens({"tokens": record["tokens"]}, None) for record in stored_records(source, rows)]
-        constants |= calibrate(manifest, memories)
+        records = stored_records(source, rows)
+        memories = [decode_tokens({"tokens": record["tokens"]}, None) for record in records]
+        necks = [decode_tokens(stored_neck(record), None) for record in records] if manifest.codec.neck else []
+        constants |= calibrate(manifest, memories, necks)
     return constants
 
 
@@ -157,8 +160,8 @@ def _transcode(
     there: Manifest,
     here: Manifest,
     plan: Plan,
-    statistics: ChannelStatistics | None,
-    new_statistics: ChannelStatistics | None,
+    statistics: Statistics,
+    new_statistics: Statistics,
 ) -> Record:
     """One record with the tokens that the new store keeps, in its codec. What is stored alike is taken as it is."""
     if there.codec == here.codec:
@@ -174,7 +177,9 @@ def _transcode(
         tokens = {name: stored[positions] for name, stored in tokens.items()}
         kept = {"token_positions": positions, "token_weights": weights}
     if there.codec.tokens != here.codec.tokens:
-        tokens = encode_tokens(decode_tokens(tokens, statistics), here.codec.tokens, new_statistics)
+        tokens = encode_tokens(decode_tokens(tokens, statistics.tokens), here.codec.tokens, new_statistics.tokens)
+        if here.codec.neck:
+            tokens |= encode_neck(here, decode_tokens(stored_neck(record), statistics.neck), new_statistics)
     return {**record, **tokens, **kept}
 
 

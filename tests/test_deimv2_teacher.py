@@ -36,7 +36,7 @@ from teacher_dump.config import DumpConfig, StoreOptions, TeacherOptions
 from teacher_dump.dump import run_dump
 from teacher_dump.job import augmentation_of
 from teacher_dump.score import score_store, view_ground_truth
-from teacher_dump.teachers import Teacher
+from common.teacher import Teacher
 from teacher_dump.transformers_families import FAMILIES
 from teacher_dump.transformers_teacher import (
     Preprocessing,

@@ -117,10 +117,15 @@ class ViewInfo:
 
 @dataclass(frozen=True)
 class CodecInfo:
-    """What is kept of the teacher's tokens and how it is stored. keep_tokens: fraction in (0, 1]; 1 keeps all."""
+    """What is kept of the teacher's tokens and how it is stored.
+
+    keep_tokens: fraction in (0, 1]; 1 keeps all. neck: the encoder's input is stored too, in the same way, with the
+    released code's weight map over it; it takes all tokens.
+    """
 
     tokens: TokenCodec
     keep_tokens: float
+    neck: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,9 +155,14 @@ class Manifest:
             fields.append(Field("token_scales", "token", (1,), "float16"))
         if self.codec.keep_tokens < 1:
             fields.append(Field("token_positions", "token", (), "int32"))
+        fields.append(Field("token_weights", "token", (), "float32"))
+        if self.codec.neck:
+            fields.append(Field("neck", "token", (channels,), token_dtype))
+            if self.codec.tokens == "int8":
+                fields.append(Field("neck_scales", "token", (1,), "float16"))
+            fields.append(Field("neck_weights", "token", (), "float32"))
         return (
             *fields,
-            Field("token_weights", "token", (), "float32"),
             Field("queries", "sample", (layers, queries, channels), query_dtype),
             Field("logits", "sample", (layers, queries, self.num_classes), query_dtype),
             Field("boxes_cxcywh", "sample", (layers, queries, 4), "float32"),
