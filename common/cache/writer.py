@@ -133,10 +133,14 @@ class ShardWriter:
 
     def __init__(self, store: Location, manifest: Manifest, shard: int) -> None:
         self._storage, self._shard, self._layout = locate(store), shard, manifest.layout
-        self._files = {
-            field: _ShardFile(self._storage.new_file(shard_key(field, shard)), field, manifest.layout)
-            for field in manifest.fields()
-        }
+        self._files: dict[Field, _ShardFile] = {}
+        try:
+            for field in manifest.fields():
+                new_file = self._storage.new_file(shard_key(field, shard))
+                self._files[field] = _ShardFile(new_file, field, manifest.layout)
+        except BaseException:
+            self.discard()
+            raise
         first = shard * manifest.layout.shard_samples
         self._missing = min(manifest.layout.samples - first, manifest.layout.shard_samples)
 
