@@ -1,7 +1,6 @@
 # Every target sets up what it needs in .venv the first time and is quick the second time.
 PYTHON ?= python3
 BIN := .venv/bin
-DEMO := build/demo
 SHELL := /bin/bash
 
 .PHONY: demo test lint bench clean
@@ -34,6 +33,43 @@ lint: .venv/ready
 
 bench: .venv/ready-bench
 	$(BIN)/python -m tests.benchmarks
+
+# The demo's teacher is kept in docs/demo with the commands that made it; everything else is made here. Each product is
+# a file that appears when it is finished, so that a demo that was stopped goes on where it was.
+DEMO := build/demo
+TEACHER := docs/demo/teacher.safetensors
+RUNS := $(addprefix $(DEMO)/runs/,teacher plain distilled)
+
+demo: $(addsuffix /finished,$(RUNS)) $(DEMO)/detections.png
+	@$(BIN)/python -m teacher_dump inspect $(DEMO)/store.zarr
+	@$(BIN)/python -m student_train compare $(RUNS) --out $(DEMO)/curves.png
+	@echo "detections: $(DEMO)/detections.png"
+
+$(DEMO)/data: | .venv/ready
+	$(BIN)/python -m common.synthetic --out $@.partial --train-images 1000 --val-images 300
+	mv $@.partial $@
+
+$(DEMO)/dumped: | $(DEMO)/data
+	$(BIN)/python -m teacher_dump --data $(DEMO)/data --sizes 128 --teacher $(TEACHER) --views 4 --batch-size 16 \
+		--out $(DEMO)/store.zarr
+	touch $@
+
+$(DEMO)/runs/teacher/finished: | $(DEMO)/data
+	$(BIN)/python -m student_train evaluate --data $(DEMO)/data --sizes 128 --checkpoint $(TEACHER) --record $(@D)
+	touch $@
+
+# Same student, same start, same samples in the same order, same steps; only the losses differ.
+$(DEMO)/runs/plain/finished: LOSSES := --logits-weight 0 --feature-weight 0 --assignment-weight 0
+$(DEMO)/runs/distilled/finished: LOSSES := --logits-weight 0.2 --feature-weight 100 --assignment-weight 1
+$(DEMO)/runs/%/finished: | $(DEMO)/dumped
+	$(BIN)/python -m student_train --cache $(DEMO)/store.zarr --data $(DEMO)/data --student tiny --init $(TEACHER) \
+		--batch-size 16 --lr 1e-3 --schedule cosine --warmup-steps 100 --max-steps 700 --epochs 12 --eval-every 3 \
+		--out $(DEMO)/runs --name $* $(LOSSES) $(if $(wildcard $(DEMO)/runs/$*/last.pt),--resume)
+	touch $@
+
+$(DEMO)/detections.png: $(addsuffix /finished,$(RUNS))
+	$(BIN)/python -m student_train picture $(TEACHER) $(DEMO)/runs/plain/best.safetensors \
+		$(DEMO)/runs/distilled/best.safetensors --data $(DEMO)/data --sizes 128 --out $@
 
 clean:
 	rm -rf .venv build
