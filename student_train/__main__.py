@@ -1,4 +1,4 @@
-"""python -m student_train [train] | evaluate | compare | picture: phase two on the command line."""
+"""python -m student_train [train] | evaluate | export | compare | picture: phase two on the command line."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from common.evaluate import write_results
 from common.runtime import choose_device, log, read_ranks, start_logging
 from student_train import loop
 from student_train.compare import draw_curves, read_run, table
-from student_train.config import CompareConfig, EvaluateConfig, PictureConfig, TrainConfig, parse
+from student_train.config import CompareConfig, EvaluateConfig, ExportConfig, PictureConfig, TrainConfig, parse
 from student_train.evaluate import average_precision, detect_split
+from student_train.export import export as write_export
 from student_train.picture import draw_detections
 from student_train.run_folder import check_free_of_runs, record_evaluation
 
@@ -54,6 +55,13 @@ def evaluate(arguments: list[str]) -> None:
     print(metrics)
 
 
+def export(arguments: list[str]) -> None:
+    """Write a checkpoint as another program reads it."""
+    config = parse(ExportConfig, arguments, "python -m student_train export")
+    start_logging()
+    write_export(config)
+
+
 def compare(arguments: list[str]) -> None:
     """Print a table of runs and draw their curves."""
     config = parse(CompareConfig, arguments, "python -m student_train compare")
@@ -84,6 +92,7 @@ def picture(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
+    "export": export,
     "compare": compare,
     "picture": picture,
 }

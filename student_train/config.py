@@ -9,7 +9,7 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 from common.errors import UserError
-from student_train.students import StudentName
+from student_train.students import student_named
 
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
@@ -42,10 +42,11 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    student: StudentName = "r50"
-    """Deformable DETR with this backbone; tiny is for drawn scenes, tiny_teacher its teacher."""
+    student: Annotated[str, tyro.conf.arg(metavar="NAME")] = "r50"
+    """Deformable DETR with this backbone: r50, r18, r34, r101, mobilenet_v2, or timm:NAME for one of timm's. tiny is
+    for drawn scenes, tiny_teacher its teacher."""
     backbone_weights: OptionalPath = None
-    """torchvision's ImageNet weights of the backbone, a .pth or .safetensors file."""
+    """torchvision's (or timm's) ImageNet weights of the backbone, a .pth or .safetensors file."""
     init: OptionalPath = None
     """Checkpoint to start from, e.g. the teacher's: every weight whose name and shape fit is taken over."""
     width: OptionalInt = None
@@ -147,6 +148,7 @@ class TrainConfig:
         ):
             if not value >= least:
                 raise UserError(f"expected {flag} of {least} or more, found {value}")
+        student_named(self.model.student)
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,27 @@ class PictureConfig:
     """Where to draw."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """A detector as files of another program."""
+
+    checkpoint: Path
+    """Detector to export: a run's best.safetensors, or any file that --teacher accepts."""
+    to: Literal["transformers", "mmdet", "official", "onnx"]
+    """transformers: a folder for from_pretrained. mmdet: MMDetection 3. official: Deformable DETR's own code. onnx: one
+    file with pre- and post-processing."""
+    out: Path
+    """Where to write."""
+    data: OptionalPath = None
+    """Folder in COCO's layout whose categories the checkpoint learnt, where it does not say itself."""
+    split: str = "val2017"
+    """Split of --data whose annotations to read."""
+    sizes: OptionalInts = None
+    """The short sides that training drew from: the export is told to resize to the largest. (default: 800)"""
+    image_size: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="HEIGHT WIDTH", help_behavior_hint="")] = None
+    """onnx: take one image of this padded size, instead of any number of any size."""
 
 
 def parse(config: type[Config], arguments: list[str], prog: str) -> Config:

@@ -21,7 +21,7 @@ from common.runtime import Ranks, log
 from student_train.config import DataOptions, ModelOptions, TrainConfig
 from student_train.feed import CachedViews, Feed, FreshViews
 from student_train.model import StudentInTraining
-from student_train.students import STUDENTS
+from student_train.students import student_named
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def student_config(options: ModelOptions, classes: int, pretrained_backbone: boo
         "decoder_layers": options.decoder_layers,
     }
     chosen = {name: size for name, size in sizes.items() if size is not None}
-    config = STUDENTS[options.student](classes, refine=options.refine, two_stage=options.two_stage, **chosen)
+    config = student_named(options.student)(classes, refine=options.refine, two_stage=options.two_stage, **chosen)
     return replace(config, pretrained_backbone=pretrained_backbone)
 
 

@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.images import load_image, normalise
 from common.runtime import Ranks
 from common.synthetic import draw_data_set
-from student_train import loop
+from student_train import loop, students
 from student_train.config import (
     DataOptions,
     DistillationOptions,
@@ -198,7 +198,7 @@ def test_a_resumed_run_ends_as_one_never_interrupted(
 
     Dropout is on, so that the generator's state counts.
     """
-    monkeypatch.setitem(loop.prepare_student.__globals__["STUDENTS"], "tiny", _tiny_with_dropout)
+    monkeypatch.setitem(students.STUDENTS, "tiny", _tiny_with_dropout)
     whole = configuration(folder, tmp_path / "whole")
     loop.train(whole)
 

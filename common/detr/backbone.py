@@ -1,4 +1,4 @@
-"""Image -> feature maps: ResNets and MobileNetV2 from torchvision, and a small ResNet for drawn scenes.
+"""Image -> feature maps: ResNets and MobileNetV2 from torchvision, timm's, and a small ResNet for drawn scenes.
 
 Every backbone gives its stages at strides 8, 16 and 32 (C3, C4, C5 in the usual notation). Parameter names under
 `body` are torchvision's, so that torchvision's ImageNet files load as they are.
@@ -12,6 +12,8 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FrozenBatchNorm2d
+
+from common.detr.timm_backbone import PREFIX, TimmBackbone, build_timm
 
 STRIDES = (8, 16, 32)
 
@@ -46,14 +48,16 @@ class Backbone(nn.Module):
 
 def build_backbone(
     name: str, pretrained: bool = True, tiny_channels: Sequence[int] = (12, 16, 32, 64, 128), tiny_blocks: int = 2
-) -> Backbone:
-    """The backbone called `name`, with random weights.
+) -> Backbone | TimmBackbone:
+    """The backbone called `name`, with random weights. "timm:NAME" is timm's, see `build_timm`.
 
     pretrained: it is to receive ImageNet weights. Then batch norm is frozen, and so are the parameters up to stride 4
     (the stem and the first stage), as in the recipe of Deformable DETR. Otherwise everything trains. "tiny" always
     trains: tiny_channels are those of its stem (stride 2) and of its stages at strides 4, 8, 16 and 32, each of
     `tiny_blocks` basic blocks.
     """
+    if name.startswith(PREFIX):
+        return build_timm(name.removeprefix(PREFIX), pretrained)
     if name == "tiny":
         return _tiny(tiny_channels, tiny_blocks)
     norm = FrozenBatchNorm2d if pretrained else nn.BatchNorm2d

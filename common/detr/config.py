@@ -15,11 +15,12 @@ from common.errors import UserError
 class DetectorConfig:
     """Everything that decides the shapes of a detector's weights, and how it runs.
 
-    backbone: resnet18, resnet34, resnet50, resnet101, mobilenet_v2 or tiny. num_classes: K. width: C. levels: feature
-    levels, up to three the coarsest of C3, C4, C5, further ones by stride-2 convolutions beyond C5. points: sampling
-    points of each head in each level. refine: iterative bounding box refinement. two_stage: the queries come from the
-    encoder's best proposals (needs refine). pretrained_backbone: the backbone is to receive ImageNet weights, so its
-    batch norm and its first stage are frozen. tiny_channels, tiny_blocks: of the backbone "tiny", see `build_backbone`.
+    backbone: resnet18, resnet34, resnet50, resnet101, mobilenet_v2, tiny, or timm:NAME for one of timm's. num_classes:
+    K. width: C. levels: feature levels, up to three the coarsest of C3, C4, C5, further ones by stride-2 convolutions
+    beyond C5. points: sampling points of each head in each level. refine: iterative bounding box refinement. two_stage:
+    the queries come from the encoder's best proposals (needs refine). pretrained_backbone: the backbone is to receive
+    ImageNet weights, so its batch norm and its first stage are frozen. tiny_channels, tiny_blocks: of the backbone
+    "tiny", see `build_backbone`.
 
     JSON-able by `dataclasses.asdict`, and back by `from_dict`. Raises UserError if the values do not go together.
     """
@@ -43,8 +44,8 @@ class DetectorConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tiny_channels", tuple(self.tiny_channels))  # JSON knows lists only
-        if self.backbone not in NAMES:
-            raise UserError(f"expected a backbone among {', '.join(NAMES)}; found {self.backbone!r}")
+        if self.backbone not in NAMES and not self.backbone.startswith("timm:"):
+            raise UserError(f"expected a backbone among {', '.join(NAMES)} or timm:NAME; found {self.backbone!r}")
         counts = ("num_classes", "width", "decoder_layers", "heads", "queries", "levels", "points", "tiny_blocks")
         for name in counts:
             if getattr(self, name) < 1:

@@ -187,8 +187,6 @@ def _second_heads(state: State, config: DetectorConfig, decoder: str) -> State:
     return {decoder + k: v for kind, held in kinds if held for k, v in state.items() if k.startswith(kind)}
 
 
-_TRANSFORMERS_BACKBONE = "model.backbone.conv_encoder.model."  # as in memory; with MobileNetV2, timm's names follow
-
 # transformers 5 renames on reading and writing; in memory, and with its own ResNet, the names are these.
 _TRANSFORMERS_SPELLINGS = [
     (r"^model\.backbone\.model\.", "model.backbone.conv_encoder.model."),
@@ -211,8 +209,6 @@ def _respell_transformers(state: State) -> State:
         for pattern, replacement in _TRANSFORMERS_SPELLINGS:
             name = re.sub(pattern, replacement, name)
         respelled[name] = tensor
-    if _TRANSFORMERS_BACKBONE + "conv_stem.weight" in respelled:
-        respelled = mobilenet_names.from_timm(respelled, _TRANSFORMERS_BACKBONE)
     for name in [name for name in respelled if re.search(r"\.self_attn\.q_proj\.(weight|bias)$", name)]:
         parts = [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
         if all(part in respelled for part in parts):
@@ -222,8 +218,6 @@ def _respell_transformers(state: State) -> State:
 
 
 def _complete_transformers(state: State, config: DetectorConfig) -> State:
-    if config.backbone == "mobilenet_v2":
-        state = mobilenet_names.to_timm(state, _TRANSFORMERS_BACKBONE)
     completed = {}
     for name, tensor in state.items():
         if ".self_attn.in_proj_" in name:

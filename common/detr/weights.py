@@ -21,6 +21,7 @@ from common.detr.checkpoint_files import FORMAT, Checkpoint, read_checkpoint
 from common.detr.config import DetectorConfig
 from common.detr.detector import DeformableDetr
 from common.detr.layouts import LAYOUTS, OWN, Layout, State, from_layout, gather_heads, to_layout
+from common.detr.timm_backbone import PREFIX, build_timm
 from common.errors import UserError
 
 
@@ -117,18 +118,32 @@ def export_state(model: DeformableDetr, layout: Layout) -> State:
 
 
 def load_backbone(model: DeformableDetr, path: str | Path) -> list[str]:
-    """Fill the backbone with ImageNet weights from a file in torchvision's layout; returns the names left unused."""
-    checkpoint = read_checkpoint(Path(path))
+    """Fill the backbone with ImageNet weights from a file in torchvision's layout, or timm's for a backbone of timm's;
+    returns the names left unused."""
     body = model.backbone.body.state_dict()
-    given = {name.removeprefix("features."): tensor for name, tensor in checkpoint.state.items()}
+    given = _backbone_weights(Path(path), model.config)
     wrong = [n for n in body if not _counts(n) and (n not in given or given[n].shape != body[n].shape)]
     if wrong:
+        whose = "timm's" if model.config.backbone.startswith(PREFIX) else "torchvision's"
         raise UserError(
-            f"{path}: expected torchvision's weights of {model.config.backbone}, found {len(wrong)} of {len(body)} "
+            f"{path}: expected {whose} weights of {model.config.backbone}, found {len(wrong)} of {len(body)} "
             f"tensors missing or of another shape ({_some(wrong)}); name the file of this backbone"
         )
     model.backbone.body.load_state_dict({name: given[name] for name in body if name in given}, strict=False)
     return [name for name in given if name not in body and not _counts(name)]
+
+
+def _backbone_weights(path: Path, config: DetectorConfig) -> State:
+    checkpoint = read_checkpoint(path)
+    if not config.backbone.startswith(PREFIX):
+        return {name.removeprefix("features."): tensor for name, tensor in checkpoint.state.items()}
+    try:  # timm itself knows how the file's names become those of a feature extractor
+        return build_timm(config.backbone.removeprefix(PREFIX), pretrained=False, weights=path).body.state_dict()
+    except (RuntimeError, KeyError) as error:
+        raise UserError(
+            f"{path}: expected timm's weights of {config.backbone}, found others"
+            f" ({str(error).splitlines()[-1].strip()[:100]}); name the file of this backbone"
+        ) from None
 
 
 def _layout_of(checkpoint: Checkpoint) -> tuple[Layout, str]:
@@ -186,7 +201,7 @@ def _infer_config(state: State, checkpoint: Checkpoint) -> DetectorConfig:
         raise UserError(f"{checkpoint.path}: expected a Deformable DETR, found none of its {error}") from None
     heads = known.get("heads", 8)
     return DetectorConfig(
-        backbone=_backbone_of(state, checkpoint.path),
+        backbone=_backbone_of(state, checkpoint),
         num_classes=num_classes,
         width=width,
         encoder_layers=_count(state, "encoder.layers."),
@@ -234,17 +249,18 @@ def _heads_are_shared(state: State, layers: int) -> bool:
     )
 
 
-def _backbone_of(state: State, path: Path) -> str:
-    """The backbone that has exactly these names and shapes."""
+def _backbone_of(state: State, checkpoint: Checkpoint) -> str:
+    """The backbone that has exactly these names and shapes: one of ours, or of timm's that a config.json names."""
     given = {k.removeprefix("backbone.body."): v.shape for k, v in state.items() if k.startswith("backbone.body.")}
     given = {name: shape for name, shape in given.items() if not _counts(name)}
-    for backbone in NAMES:
+    named = ((checkpoint.config or {}).get("backbone_config") or {}).get("backbone")
+    for backbone in (*NAMES, *([f"{PREFIX}{named}"] if named else [])):
         with torch.device("meta"):
             body = build_backbone(backbone).body.state_dict()
         if given == {name: tensor.shape for name, tensor in body.items() if not _counts(name)}:
             return backbone
     raise UserError(
-        f"{path}: expected one of the backbones {', '.join(NAMES)}, found {len(given)} tensors such as "
+        f"{checkpoint.path}: expected one of the backbones {', '.join(NAMES)}, found {len(given)} tensors such as "
         f"{_some(list(given))} that are none of them"
     )
 
