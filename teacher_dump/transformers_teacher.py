@@ -80,6 +80,7 @@ def load_transformers_teacher(
     installed, the model is not there, not of a known family, incomplete, or its classes are not the data set's.
     """
     folder = find_model(name.removeprefix(TRANSFORMERS))
+    called = Path(name.removeprefix(TRANSFORMERS)).name  # a snapshot's folder is called after a commit
     model, missing = load_model(folder)
     family = _with_defaults(FAMILIES[model.config.model_type], model.config)
     if model.config.model_type == "deimv2" and correct_deimv2(model, missing):
@@ -89,8 +90,8 @@ def load_transformers_teacher(
     preprocessing = read_preprocessing(folder, family, size)
     labels = {int(index): str(label) for index, label in model.config.id2label.items()}
     columns = class_columns(labels, annotations.class_names, annotations.category_ids)
-    log.info(f"{folder.name}: {model.config.model_type}; {preprocessing}")
-    return as_teacher(model.to(device), family, preprocessing, columns, folder.name, _fingerprint(folder))
+    log.info(f"{called}: {model.config.model_type}; {preprocessing}")
+    return as_teacher(model.to(device), family, preprocessing, columns, called, _fingerprint(folder))
 
 
 def as_teacher(

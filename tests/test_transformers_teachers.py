@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -340,6 +341,24 @@ def test_the_fingerprint_follows_weights_and_preprocessing(annotations: Annotati
     settings = json.loads((first / "preprocessor_config.json").read_text())
     (first / "preprocessor_config.json").write_text(json.dumps(settings | {"do_normalize": True}))
     assert fingerprint(first) != before
+
+
+def test_a_model_of_the_hubs_cache(annotations: Annotations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Laid out as the hub's client caches downloads: found by OWNER/MODEL, and equal to the same model in a folder."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--small-detr"
+    snapshot = save(build("detr", CLASSES), repository / "snapshots" / commit, "detr")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    cached, direct = (
+        load_transformers_teacher(f"hf:{name}", annotations, torch.device("cpu")).info
+        for name in ("someone/small-detr", snapshot)
+    )
+    assert cached.name == "small-detr"
+    assert replace(cached, name=commit) == direct
 
 
 def test_missing_heads_are_told_from_missing_weights(tmp_path: Path) -> None:
