@@ -6,6 +6,7 @@ after another, each with its checksum, then the index with its own. Nothing here
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-import zarr
 from tqdm import tqdm
 
 from common.ahead import map_ahead
@@ -164,11 +164,12 @@ def report(store: Location, findings: Findings) -> list[str]:
     if findings.sound:
         return [*lines, f"{store}: sound; {counted}, every checksum matches"]
     rows = {row for damage in findings.damages for row in damage.rows}
-    told = [f"{len(findings.bad_shards)} damaged ({len(rows)} samples named)"] if findings.damages else []
+    told = [f"{len(findings.bad_shards)} damaged ({len(rows)} samples named)"] if findings.bad_shards else []
     told += [f"{len(findings.missing_shards)} missing"] if findings.missing_shards else []
     remedy = "`python -m teacher_dump repair` writes these shards again"
     if any(damage.shard is None for damage in findings.damages):
-        remedy = "its metadata is damaged too: dump it again"
+        told.append("metadata damaged")
+        remedy = "what all else depends on cannot be mended: dump it again to another place"
     return [*lines, f"{store}: NOT sound; {counted}: {', '.join(told)}; {remedy}"]
 
 
@@ -176,13 +177,17 @@ def _examine_metadata(store: Location, manifest: Manifest) -> tuple[list[Damage]
     """Everything but the fields' shards: what a store is and where its samples are."""
     storage = locate(store)
     damages = []
-    recorded = zarr.open_group(storage.zarr_store(), mode="r").attrs.asdict().get(CHECKSUMS)
     try:
-        for name, value in metadata_checksums(storage, manifest).items():
-            if not isinstance(recorded, dict) or recorded.get(name) != value:
-                damages.append(Damage("zarr.json" if name == ATTRIBUTE else name, "it is not what was written"))
+        root, checksums = json.loads(storage.read("zarr.json")), metadata_checksums(storage, manifest)
     except OSError as error:
-        damages.append(Damage("zarr.json", f"what it describes cannot be read: {error}"))
+        return [Damage("zarr.json", f"what it describes cannot be read: {error}")], None
+    recorded = root.get("attributes", {}).get(CHECKSUMS, {})
+    for name, value in checksums.items():
+        if name != ATTRIBUTE and recorded.get(name) != value:
+            damages.append(Damage(name, "it is not what was written"))
+    attributes = {ATTRIBUTE: manifest.to_json(), CHECKSUMS: checksums}
+    if not damages and root != {"attributes": attributes, "zarr_format": 3, "node_type": "group"}:
+        damages.append(Damage("zarr.json", "it is not what was written"))
     table: SampleTable | None = None
     try:
         table = read_table(store)

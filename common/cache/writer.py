@@ -23,6 +23,7 @@ from common.cache.plan import Plan, SampleTable
 from common.cache.schema import ATTRIBUTE, MISSING, Field, Layout, Manifest
 from common.cache.storage import TEMPORARY as TEMPORARY
 from common.cache.storage import Location, NewFile, Storage, checked, locate, read_array
+from common.errors import UserError
 
 TABLE_GROUP, CONSTANTS_GROUP = "samples", "teacher"
 SKIPPED = "skipped"  # array of a store: 1 for each sample whose image could not be decoded
@@ -253,11 +254,16 @@ def read_table(store: Location) -> SampleTable:
 
 
 def read_skipped(store: Location) -> npt.NDArray[np.intp]:
-    """Rows without a teacher's answer, because their images could not be decoded."""
+    """Rows without a teacher's answer, because their images could not be decoded. UserError if that is damaged."""
     storage = locate(store)
     rows = [np.empty(0, dtype=np.intp)]
     for name in storage.names(f"{SKIPPED}/c"):
         if name.isdigit():
-            marks = checked(storage.view(f"{SKIPPED}/c/{name}"))
+            try:
+                marks = checked(storage.view(f"{SKIPPED}/c/{name}"))
+            except ValueError as error:
+                raise UserError(
+                    f"{storage}/{SKIPPED}/c/{name}: {error}; `python -m teacher_dump repair {storage}` mends it"
+                ) from None
             rows.append(int(name) * len(marks) + np.flatnonzero(marks))
     return np.sort(np.concatenate(rows))
