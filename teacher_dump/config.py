@@ -193,7 +193,7 @@ class TranscodeConfig:
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Make a store with fewer views that shares the shard files of another (hard links): it takes no time and no space.
+    """Make a store with less in it that shares the files of another (hard links): it takes no time and no space.
 
     Nothing is removed: delete the old store yourself to free what the new one does not share.
     """
@@ -202,8 +202,10 @@ class PruneConfig:
     """The store to take from."""
     out: NewStorePath
     """The store to make."""
-    views: int
-    """Keep only this many views, from the first."""
+    views: OptionalInt = None
+    """Keep only this many views, from the first. (default: all)"""
+    neck: bool = True
+    """Keep the neck's features if the store has them; --no-neck leaves them out."""
 
 
 def parse(config: type[Config], arguments: list[str], prog: str) -> Config:

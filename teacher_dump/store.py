@@ -33,18 +33,24 @@ Batches = Iterable[tuple[Sequence[Record], Sequence[int]]]  # records, and which
 
 @contextmanager
 def writable_store(
-    out: Location, manifest: Manifest, plan: Plan, constants: Callable[[], Constants], ranks: Ranks
+    out: Location,
+    manifest: Manifest,
+    plan: Plan,
+    constants: Callable[[], Constants],
+    ranks: Ranks,
+    *,
+    needs_room: bool = True,
 ) -> Iterator[None]:
     """A store at `out` with this manifest, for this job alone: created, or found as an earlier attempt left it.
 
     Ranks wait for the first here and need no word of each other afterwards. UserError if there is a store of another
-    configuration, if another job writes to it, or if the disk has no room for what is missing.
+    configuration, if another job writes to it, or, unless not `needs_room`, if the disk has none for what is missing.
     """
     first, others = ranks.is_first, ranks.world_size > 1
     if others:
         dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world_size)
     with write_errors(out):
-        lock = _begin(out, manifest, plan, constants) if first else None
+        lock = _begin(out, manifest, plan, constants, needs_room) if first else None
     if others:
         dist.barrier()
         dist.destroy_process_group()
@@ -117,10 +123,12 @@ def write_errors(out: Location) -> Iterator[None]:
         raise UserError(f"{out} could not be written: {reason}; {remedy}") from None
 
 
-def _begin(out: Location, manifest: Manifest, plan: Plan, constants: Callable[[], Constants]) -> int | None:
+def _begin(
+    out: Location, manifest: Manifest, plan: Plan, constants: Callable[[], Constants], needs_room: bool
+) -> int | None:
     """Create or resume; returns the lock, held."""
     storage = locate(out)
-    total_bytes = store_bytes(manifest, plan.table)
+    total_bytes = store_bytes(manifest, plan.table) if needs_room else 0
     if not storage.exists("zarr.json"):
         if isinstance(storage, Folder) and os.path.lexists(storage.root):
             raise UserError(f"expected {storage} to be new or a store, found something else there; name another --out")

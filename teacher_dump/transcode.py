@@ -77,24 +77,33 @@ def run_transcode(config: TranscodeConfig) -> None:
 
 
 def run_prune(config: PruneConfig) -> None:
-    """A store of the first views of another, whose shard files it shares. UserError if it has fewer views."""
+    """A store with fewer views or without the neck, which shares the shard files of another.
+
+    UserError if there is nothing to leave out.
+    """
     old, new = locate(config.store), locate(config.out)
     if not (isinstance(old, Folder) and isinstance(new, Folder)):
-        raise UserError(f"expected two folders, which can share files, found {old} and {new}; use transcode --views")
+        raise UserError(f"expected two folders, which can share files, found {old} and {new}; use transcode instead")
     source = CacheReader(config.store)
-    views = _fewer_views(source.manifest, config.views)
+    there = source.manifest
+    views = there.views.views if config.views is None else _fewer_views(there, config.views)
+    codec = replace(there.codec, neck=there.codec.neck and config.neck)
+    if views == there.views.views and codec == there.codec:
+        raise UserError(
+            f"expected something to leave out of {old}, by --views below {views} or --no-neck where it is there"
+        )
     samples = int((source.table.view < views).sum())  # views follow one another
-    layout = replace(source.manifest.layout, samples=samples)
-    manifest = replace(source.manifest, views=replace(source.manifest.views, views=views), layout=layout)
+    layout = replace(there.layout, samples=samples)
+    manifest = replace(there, views=replace(there.views, views=views), layout=layout, codec=codec)
     plan = Plan(SampleTable(**{name: column[:samples] for name, column in vars(source.table).items()}), layout)
-    constants = {name: value.numpy() for name, value in source.constants.items()}
+    constants = {n: value.numpy() for n, value in source.constants.items() if codec.neck or not n.startswith("neck_")}
     blank = set(read_skipped(config.store).tolist())
 
     def batches_of(shard: int) -> Batches:
         for rows in batches(shard_rows(shard, layout), ROWS_AT_ONCE):
             yield stored_records(source, rows), [row for row in rows if row in blank]
 
-    with writable_store(config.out, manifest, plan, lambda: constants, Ranks()):
+    with writable_store(config.out, manifest, plan, lambda: constants, Ranks(), needs_room=False):
         for shard in missing_shards(config.out, manifest, Ranks()):
             if not source.finished_shards[shard]:
                 continue

@@ -219,6 +219,23 @@ def test_prune_drops_views_and_shares_files(
     assert contents(lossless) == before
 
 
+def test_prune_drops_the_neck(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A store with the neck's features, without them: the same bytes as a dump that never had them, but for the layout,
+    which is kept; and nothing to leave out is an error."""
+    full, out = tmp_path / "full.zarr", tmp_path / "out.zarr"
+    assert dump(scenes, full, "--tokens", "int8", "--neck", "--skip-broken") == 0
+    assert command("prune", full, out, "--no-neck") == 0
+    assert command("verify", out) == 0
+    assert not [name for name in contents(out) if "neck" in name]
+    shared = [name for name in contents(full) if "/c." in name and "neck" not in name]
+    assert len(shared) > 20
+    assert all((full / name).samefile(out / name) for name in shared)
+    assert CacheReader(out).complete
+    capsys.readouterr()
+    assert command("prune", out, tmp_path / "again.zarr", "--no-neck") == 2
+    assert "expected something to leave out" in capsys.readouterr().err
+
+
 def test_inspect_describes(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A screenful that names what matters; an unfinished store says so."""
     assert command("inspect", store) == 0
