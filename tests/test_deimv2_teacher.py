@@ -22,6 +22,7 @@ from common.coco import Annotations, load_annotations
 from common.evaluate import CocoMetrics, coco_ap, coco_index, coco_results, detect, load_ground_truth
 from common.images import load_image
 from common.records import Augmentation
+from common.teacher import Teacher
 from student_train import loop
 from student_train.config import (
     DataOptions,
@@ -36,7 +37,6 @@ from teacher_dump.config import DumpConfig, StoreOptions, TeacherOptions
 from teacher_dump.dump import run_dump
 from teacher_dump.job import augmentation_of
 from teacher_dump.score import score_store, view_ground_truth
-from common.teacher import Teacher
 from teacher_dump.transformers_families import FAMILIES
 from teacher_dump.transformers_teacher import (
     Preprocessing,
@@ -117,9 +117,9 @@ def test_the_corrected_model_computes_the_published_graph(
 
 
 def dump(out: Path, coco_nano: Path, folder: Path, split: str, tokens: str = "fp16", augment: bool = False) -> Path:
-    data = DumpDataOptions(coco_nano, split, sizes=None if augment else (640,), augment=augment, workers=2)
-    teacher = TeacherOptions(f"hf:{folder}", teacher_size=SIZE, device="cpu")
-    run_dump(DumpConfig(data, teacher, StoreOptions(out, tokens)))  # type: ignore[arg-type]
+    data = DumpDataOptions(data=coco_nano, split=split, sizes=None if augment else (640,), augment=augment, workers=2)
+    teacher = TeacherOptions(teacher=f"hf:{folder}", teacher_size=SIZE, device="cpu")
+    run_dump(DumpConfig(data, teacher, StoreOptions(out=out, tokens=tokens)))  # type: ignore[arg-type]
     return out
 
 
@@ -251,19 +251,21 @@ def test_a_student_of_other_levels_learns_from_it(
     """Strides 16 and 32 on 320 x 320 pixels, 64 channels, one layer, 100 queries of each image's own: a student of
     strides 8, 16, 32 and 48 channels trains two steps from half of the tokens in int8, and says what it learns from."""
     store = tmp_path / "store.zarr"
-    data = DumpDataOptions(two_images, "train2017", sizes=(160,), workers=2)
+    data = DumpDataOptions(data=two_images, split="train2017", sizes=(160,), workers=2)
     run_dump(
         DumpConfig(
-            data, TeacherOptions(f"hf:{deimv2_atto}", teacher_size=SIZE, device="cpu"), StoreOptions(store, "int8", 0.5)
+            data,
+            TeacherOptions(teacher=f"hf:{deimv2_atto}", teacher_size=SIZE, device="cpu"),
+            StoreOptions(out=store, tokens="int8", keep_tokens=0.5),
         )
     )
     loop.train(
         TrainConfig(
-            DataOptions(store, two_images, workers=1, prefetch=1),
-            ModelOptions("tiny", width=48),
+            DataOptions(cache=store, data=two_images, workers=1, prefetch=1),
+            ModelOptions(student="tiny", width=48),
             DistillationOptions(assignment_weight=0),
             OptimisationOptions(epochs=2, batch_size=2),
-            OutputOptions(tmp_path, "run", eval_every=0, device="cpu"),
+            OutputOptions(out=tmp_path, name="run", eval_every=0, device="cpu"),
         )
     )
     said = capsys.readouterr().err

@@ -157,8 +157,8 @@ def test_dump_verify_and_train(family: str, two_images: Path, annotations: Annot
     """
     folder = save(build(family, CLASSES), tmp_path / "teacher", family)
     store, name = tmp_path / "store.zarr", f"hf:{folder}"
-    data = DumpDataOptions(two_images, "train2017", sizes=(SIDE,), workers=1)
-    run_dump(DumpConfig(data, TeacherOptions(name, batch_size=2, device="cpu"), StoreOptions(store)))
+    data = DumpDataOptions(data=two_images, split="train2017", sizes=(SIDE,), workers=1)
+    run_dump(DumpConfig(data, TeacherOptions(teacher=name, batch_size=2, device="cpu"), StoreOptions(out=store)))
 
     reader = CacheReader(store)
     teacher = load_transformers_teacher(name, annotations, torch.device("cpu"))
@@ -176,7 +176,7 @@ def test_dump_verify_and_train(family: str, two_images: Path, annotations: Annot
         assert teacher.grid(*reader.table.augmentation[row, 5:7].tolist()) == [
             tuple(shape) for shape in batch.level_shapes[row].tolist()
         ]
-    assert compare_with_teacher(store, SourceOptions(name, two_images, "cpu", 1), samples=2)
+    assert compare_with_teacher(store, SourceOptions(teacher=name, data=two_images, device="cpu", workers=1), samples=2)
 
     static = "query_embeddings" in reader.constants
     losses = train_two_steps(store, two_images, tmp_path, DistillationOptions(assignment_weight=float(static)))
@@ -199,11 +199,11 @@ def replayed(reader: CacheReader, annotations: Annotations, row: int) -> torch.T
 def train_two_steps(store: Path, data: Path, out: Path, distillation: DistillationOptions) -> list[dict[str, float]]:
     loop.train(
         TrainConfig(
-            DataOptions(store, data, workers=1, prefetch=1),
-            ModelOptions("tiny"),
+            DataOptions(cache=store, data=data, workers=1, prefetch=1),
+            ModelOptions(student="tiny"),
             distillation,
             OptimisationOptions(epochs=2, batch_size=2, lr=1e-3),
-            OutputOptions(out, "run", eval_every=0, device="cpu"),
+            OutputOptions(out=out, name="run", eval_every=0, device="cpu"),
         )
     )
     lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
