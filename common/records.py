@@ -103,7 +103,7 @@ class CachedBatch:
 
     tokens: (S, C) float16 or int8, the kept tokens of all samples one after another. token_scales: (S, 1) float16 and
     channel_scale, channel_shift: (C,) float32 decode int8 tokens as q * token_scale * channel_scale + channel_shift;
-    None for float16. token_positions: (S,) int64, index of each token in its own sample's unpadded T. token_weights:
+    None for float16. token_positions: (S,) int32, index of each token in its own sample's unpadded T. token_weights:
     (S,) float32, W(t)/pi(t), so that sum(weight * squared error) over kept tokens estimates the sum over all tokens.
     token_offsets: (B + 1,) int64 into S. level_shapes: (B, levels, 2) int64, each sample's own unpadded grids.
     level_strides: (B, levels, 2) float32, pixels of the sample from token to token, down and across: the teacher's

@@ -74,7 +74,7 @@ def make_record(manifest: Manifest, plan: Plan, row: int) -> dict[str, np.ndarra
     }
 
 
-def write_all(store: Path, manifest: Manifest, plan: Plan) -> list[Record]:
+def write_all(store: Path | str, manifest: Manifest, plan: Plan) -> list[Record]:
     create_store(store, manifest, plan, {"query_embeddings": np.arange(160, dtype=np.float32).reshape(5, 32)})
     records = [make_record(manifest, plan, row) for row in range(len(plan.table))]
     for shard in range(manifest.layout.shards):

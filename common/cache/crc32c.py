@@ -46,7 +46,7 @@ _WORD_TABLES = np.concatenate([_after_zero_bytes(8), _after_zero_bytes(4)])  # o
 
 def _load(bits: int) -> Any:
     """A function that loads an unsigned integer from an address of any alignment."""
-    number = types.uint64 if bits == 64 else types.uint8
+    number: Any = {8: types.uint8, 32: types.uint32, 64: types.uint64}[bits]
 
     @intrinsic  # type: ignore[untyped-decorator]
     def load(typing_context: Any, address: Any) -> Any:
@@ -59,7 +59,7 @@ def _load(bits: int) -> Any:
     return load
 
 
-load_word, load_byte = _load(64), _load(8)
+load_word, load_sum, load_byte = _load(64), _load(32), _load(8)
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -1,8 +1,8 @@
-"""Reading many page ranges in one call that needs no GIL: positioned reads into place, each page checked while hot.
+"""Reading a batch of samples in one call that needs no GIL: positioned reads into place, pages checked while hot.
 
 A page is its rows and their crc32c. One `preadv` scatters several pages: rows to where they belong, sums aside. Doing
-this for all fields of a batch in one compiled call leaves nothing per page to Python, whose threads would queue for
-the GIL where records are small.
+this for all fields of a batch in one compiled call leaves nothing per page or field to Python, whose threads would
+queue for the GIL where records are small.
 """
 
 from __future__ import annotations
@@ -21,32 +21,50 @@ from common.cache.schema import CHECKSUM_BYTES
 
 GROUP_BYTES = 2**19  # read at once and checked before the next: stays in a core's second-level cache
 GROUP_PAGES = 256  # two buffers a page: below every system's IOV_MAX of 1024
+SCATTERED_BYTES = 2048  # pages from this size on are put into place by the kernel
 
 WHOLE, ENDS_EARLY, CHANGED = 0, 1, 2
 REASONS = {ENDS_EARLY: "the file ends too early", CHANGED: "the checksum of a page does not match"}
 
+Integers = npt.NDArray[np.int64]
+
 _preadv: Any = types.ExternalFunction("preadv", types.int64(types.int32, types.uint64, types.int32, types.int64))
+_pread: Any = types.ExternalFunction("pread", types.int64(types.int32, types.uint64, types.uint64, types.int64))
+_memcpy: Any = types.ExternalFunction("memcpy", types.uint64(types.uint64, types.uint64, types.uint64))
 
 
 @dataclass(frozen=True)
-class Ranges:
-    """Page ranges to read, a row each; all arrays (N,) int64.
+class Placement:
+    """Where the records of a batch are in their shard files and where they go: B samples, F fields, int64.
 
-    file: descriptor of an open file. offset: of the first page's first byte. page_bytes: of a page without its sum.
-    address: where the rows go. size: bytes of rows; what the last page has beyond them is checked and dropped.
+    row_in_shard, page_in_shard: (B,) its row in sample fields and its first page in token fields, counted in its own
+    shard. token_offsets: (B + 1,) of its token rows in the batch. address: (F,) of the first row. per_token: (F,)
+    bool. row_bytes: (F,). page_bytes: (F,) of a page without its checksum.
     """
 
-    file: npt.NDArray[np.int64]
-    offset: npt.NDArray[np.int64]
-    page_bytes: npt.NDArray[np.int64]
-    address: npt.NDArray[np.int64]
-    size: npt.NDArray[np.int64]
+    row_in_shard: Integers
+    page_in_shard: Integers
+    token_offsets: Integers
+    address: Integers
+    per_token: npt.NDArray[np.bool_]
+    row_bytes: Integers
+    page_bytes: Integers
+
+    def range_of(self, sample: int, field: int) -> tuple[int, int, int]:
+        """Byte offset of its first page, address and bytes of its rows; the last page may have more."""
+        offset, address, size = _range_of(*vars(self).values(), sample, field)  # type: ignore[call-arg]
+        return int(offset), int(address), int(size)
 
 
-def read_pages(ranges: Ranges, first: int, last: int, verify: bool) -> npt.NDArray[np.int64]:
-    """Read ranges first..last-1. (last - first,) of WHOLE, ENDS_EARLY or CHANGED; never raises for bad files."""
-    columns = (ranges.file, ranges.offset, ranges.page_bytes, ranges.address, ranges.size)
-    return _read_pages(*columns, first, last, verify)  # type: ignore[no-any-return]
+def read_samples(
+    placement: Placement, samples: Integers, files: Integers, part: int, parts: int, verify: bool
+) -> npt.NDArray[np.int8]:
+    """Read one part of `parts`, of about equally many bytes, of these samples of a batch.
+
+    samples: (N,) which of the batch. files: (N, F) descriptors of their shard files. Returns (N, F): WHOLE, ENDS_EARLY
+    or CHANGED; WHOLE for what belongs to other parts.
+    """
+    return _read_samples(*vars(placement).values(), samples, files, part, parts, verify)  # type: ignore[call-arg, no-any-return]
 
 
 def memory_at(address: int, size: int) -> npt.NDArray[np.uint8]:
@@ -55,39 +73,115 @@ def memory_at(address: int, size: int) -> npt.NDArray[np.uint8]:
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _read_pages(
-    file: Any, offset: Any, page_bytes: Any, address: Any, size: Any, first: int, last: int, verify: bool
+def _range_of(
+    row_in_shard: Any,
+    page_in_shard: Any,
+    token_offsets: Any,
+    address: Any,
+    per_token: Any,
+    row_bytes: Any,
+    page_bytes: Any,
+    sample: Any,
+    field: Any,
 ) -> Any:
-    found = np.zeros(last - first, dtype=np.int64)
-    spare = np.empty(page_bytes[first:last].max() if last > first else 0, dtype=np.uint8)
-    sums = np.empty(GROUP_PAGES, dtype=np.uint32)
-    parts = np.empty((2 * GROUP_PAGES + 1, 2), dtype=np.int64)  # address and size of each buffer: C's struct iovec
-    for index in range(first, last):
-        page, at, into, left = page_bytes[index], offset[index], address[index], size[index]
-        while left > 0 and found[index - first] == WHOLE:
-            # A group of pages: all but possibly the last are whole.
-            pages = min(max(1, GROUP_BYTES // page), GROUP_PAGES, -(-left // page))
-            rows = min(left, pages * page)
-            count = 0
-            for k in range(pages):
-                wanted = min(page, rows - k * page)
-                parts[count, 0], parts[count, 1] = into + k * page, wanted
-                count += 1
-                if wanted < page:
-                    parts[count, 0], parts[count, 1] = spare.ctypes.data, page - wanted
-                    count += 1
-                parts[count, 0], parts[count, 1] = sums.ctypes.data + CHECKSUM_BYTES * k, CHECKSUM_BYTES
-                count += 1
-            stored = pages * (page + CHECKSUM_BYTES)
-            if _preadv(np.int32(file[index]), np.uint64(parts.ctypes.data), np.int32(count), at) != stored:
-                found[index - first] = ENDS_EARLY
-            elif verify:
-                for k in range(pages):
-                    wanted = min(page, rows - k * page)
-                    crc = crc32c.extend(0, into + k * page, wanted)
-                    if wanted < page:
-                        crc = crc32c.extend(crc, spare.ctypes.data, page - wanted)
-                    if crc != sums[k]:
-                        found[index - first] = CHANGED
-            at, into, left = at + stored, into + rows, left - rows
+    first_page, first_row, rows = row_in_shard[sample], sample, 1
+    if per_token[field]:
+        first_page, first_row = page_in_shard[sample], token_offsets[sample]
+        rows = token_offsets[sample + 1] - first_row
+    offset = first_page * (page_bytes[field] + CHECKSUM_BYTES)
+    return offset, address[field] + first_row * row_bytes[field], rows * row_bytes[field]
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _read_scattered(
+    file: Any, at: Any, page: Any, pages: Any, into: Any, size: Any, aside: Any, buffers: Any, verify: bool
+) -> Any:
+    """Read pages, of which `size` bytes go to `into`; the sums and what the last page has more go aside."""
+    count, sums = 0, np.empty(GROUP_PAGES, dtype=np.uint32)
+    for k in range(pages):
+        wanted = min(page, size - k * page)
+        buffers[count, 0], buffers[count, 1] = into + k * page, wanted
+        count += 1
+        if wanted < page:
+            buffers[count, 0], buffers[count, 1] = aside.ctypes.data, page - wanted
+            count += 1
+        buffers[count, 0], buffers[count, 1] = sums.ctypes.data + CHECKSUM_BYTES * k, CHECKSUM_BYTES
+        count += 1
+    got = _preadv(np.int32(file), np.uint64(buffers.ctypes.data), np.int32(count), np.int64(at))
+    if got != pages * (page + CHECKSUM_BYTES):
+        return ENDS_EARLY
+    if verify:
+        for k in range(pages):
+            wanted = min(page, size - k * page)
+            crc = crc32c.extend(0, into + k * page, wanted)
+            if wanted < page:
+                crc = crc32c.extend(crc, aside.ctypes.data, page - wanted)
+            if crc != sums[k]:
+                return CHANGED
+    return WHOLE
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _read_stripped(file: Any, at: Any, page: Any, pages: Any, into: Any, size: Any, aside: Any, verify: bool) -> Any:
+    """The same for small pages, of which the kernel would handle each buffer for longer than a copy takes."""
+    stride, source = page + CHECKSUM_BYTES, np.int64(aside.ctypes.data)
+    got = _pread(np.int32(file), np.uint64(source), np.uint64(pages * stride), np.int64(at))
+    if got != pages * stride:
+        return ENDS_EARLY
+    for k in range(pages):
+        here = source + k * stride
+        if verify and crc32c.extend(0, here, page) != crc32c.load_sum(np.uint64(here + page)):
+            return CHANGED
+        _memcpy(np.uint64(into + k * page), np.uint64(here), np.uint64(min(page, size - k * page)))
+    return WHOLE
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _read_samples(
+    row_in_shard: Any,
+    page_in_shard: Any,
+    token_offsets: Any,
+    address: Any,
+    per_token: Any,
+    row_bytes: Any,
+    page_bytes: Any,
+    samples: Any,
+    files: Any,
+    part: int,
+    parts: int,
+    verify: bool,
+) -> Any:
+    found = np.zeros(files.shape, dtype=np.int8)
+    aside = np.empty(max(GROUP_BYTES, page_bytes.max()), dtype=np.uint8)
+    buffers = np.empty((2 * GROUP_PAGES + 1, 2), dtype=np.int64)  # address and size of each: C's struct iovec
+    token_bytes, sample_bytes = row_bytes[per_token].sum(), row_bytes[~per_token].sum()
+    total = 0
+    for sample in samples:
+        total += sample_bytes + token_bytes * (token_offsets[sample + 1] - token_offsets[sample])
+    passed = 0
+    for i in range(len(samples)):
+        for field in range(len(row_bytes)):
+            at, into, left = _range_of(
+                row_in_shard,
+                page_in_shard,
+                token_offsets,
+                address,
+                per_token,
+                row_bytes,
+                page_bytes,
+                samples[i],
+                field,
+            )
+            mine = passed * parts // total == part
+            passed += left
+            page = page_bytes[field]
+            while mine and left > 0 and found[i, field] == WHOLE:
+                pages = min(max(1, GROUP_BYTES // (page + CHECKSUM_BYTES)), GROUP_PAGES, -(-left // page))
+                size = min(left, pages * page)
+                if page >= SCATTERED_BYTES:
+                    state = _read_scattered(files[i, field], at, page, pages, into, size, aside, buffers, verify)
+                else:
+                    state = _read_stripped(files[i, field], at, page, pages, into, size, aside, verify)
+                found[i, field] = state
+                at, into, left = at + pages * (page + CHECKSUM_BYTES), into + size, left - size
     return found

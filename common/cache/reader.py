@@ -8,10 +8,12 @@ threads of the training process: DataLoader workers would send megabytes through
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from common.cache.pages import REASONS, WHOLE, Ranges, memory_at, read_pages
+from common.cache.pages import REASONS, WHOLE, Placement, memory_at, read_samples
 from common.cache.plan import SampleTable, level_strides
 from common.cache.schema import ATTRIBUTE, CHECKSUM_BYTES, Manifest
 from common.cache.shards import DamagedShard, LocalCopies, LocalShard, OpenShard, OpenShards, RemoteShard
@@ -30,6 +32,7 @@ from common.errors import UserError
 from common.records import CachedBatch
 
 READ_THREADS = 2  # more gain nothing from a page cache; from a fast disk that is not cached they may
+PARTS = 2  # of a batch for each thread: who is held up leaves the rest to the others
 REQUESTS = 16  # to a bucket, at once
 
 Verify = Literal["first", "always", "never"]
@@ -53,18 +56,19 @@ class BatchBuffers:
 
     pin: bool = False
     _flat: dict[str, Tensor] = field(default_factory=dict)
+    _last: dict[str, Tensor] = field(default_factory=dict)
 
-    def tensor(self, name: str, shape: Sequence[int], dtype: str) -> Tensor:
-        size = int(np.prod(shape, dtype=np.int64))
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: str) -> Tensor:
+        last = self._last.get(name)
+        if last is not None and last.shape == shape:
+            return last
+        size = math.prod(shape)
         flat = self._flat.get(name)
-        if flat is None or len(flat) < size:
+        if flat is None or flat.numel() < size:
             flat = torch.empty(size + size // 4, dtype=getattr(torch, dtype), pin_memory=self.pin)
             self._flat[name] = flat
-        return flat[:size].view(*shape)
-
-    def converted(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy of a tensor in another type."""
-        return self.tensor(f"{name} as {dtype}", tensor.shape, str(dtype).removeprefix("torch.")).copy_(tensor)
+        self._last[name] = flat[:size].view(shape)
+        return self._last[name]
 
 
 class CacheReader:
@@ -91,16 +95,12 @@ class CacheReader:
             self.table: SampleTable = read_table(self.storage)
             self.constants = read_constants(self.storage)
             skipped = read_skipped(self.storage)
-        self.fields = self.manifest.fields()
         self.finished_shards = finished_shards(self.storage, self.manifest)
         self._readable = np.repeat(self.finished_shards, self.manifest.layout.shard_samples)[: len(self.table)]
         self._readable[skipped] = False
         self._verify = verify
-        self._verified = np.zeros(len(self.table), dtype=bool)
-        layout = self.manifest.layout
-        self._per_token = np.array([f.per == "token" for f in self.fields])
-        self._row_bytes = np.array([f.row_bytes for f in self.fields])
-        self._page_bytes = np.array([layout.page_bytes(f) - CHECKSUM_BYTES for f in self.fields])
+        self.choose_fields({field.name for field in self.manifest.fields()})
+        self._strides = torch.tensor(self.manifest.teacher.strides, dtype=torch.float32)[:, None].expand(-1, 2)
         remote = isinstance(self.storage, Bucket)
         self.copies: LocalCopies | None = None
         if isinstance(self.storage, Bucket) and local_cache is not None:
@@ -120,6 +120,20 @@ class CacheReader:
         """The rows of all samples that are in finished shards, of one view or of all."""
         chosen = self._readable if view is None else self._readable & (self.table.view == view)
         return np.flatnonzero(chosen)
+
+    def choose_fields(self, names: Collection[str]) -> None:
+        """From now on read only the store's fields of these names: what no loss needs takes no bandwidth.
+
+        The other fields of a CachedBatch have no rows. Not to be called while another thread reads.
+        """
+        layout, every = self.manifest.layout, self.manifest.fields()
+        self._file_of_field = [index for index, field in enumerate(every) if field.name in names]  # in an open shard
+        self.fields = tuple(every[index] for index in self._file_of_field)
+        self._left_out = tuple(field for field in every if field.name not in names)
+        self._verified = np.zeros(len(self.table), dtype=bool)
+        self._per_token = np.array([f.per == "token" for f in self.fields])
+        self._row_bytes = np.array([f.row_bytes for f in self.fields])
+        self._page_bytes = np.array([layout.page_bytes(f) - CHECKSUM_BYTES for f in self.fields])
 
     def read(self, rows: Sequence[int] | npt.NDArray[np.intp], buffers: BatchBuffers | None = None) -> CachedBatch:
         """The records of these samples, in this order. CorruptRecord names the sample and the shard."""
@@ -149,38 +163,39 @@ class CacheReader:
 
     def _read(self, rows: Rows, buffers: BatchBuffers) -> tuple[CachedBatch, tuple[CorruptRecord, ...]]:
         """A batch; the records named as corrupt have no meaning in it."""
-        counts = self.table.token_count[rows].astype(np.int64)
-        token_offsets = np.concatenate([[0], np.cumsum(counts)])
+        layout = self.manifest.layout
+        token_offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum(self.table.token_count[rows], out=token_offsets[1:])
         tensors = [
             buffers.tensor(f.name, (int(token_offsets[-1]) if f.per == "token" else len(rows), *f.row_shape), f.dtype)
             for f in self.fields
         ]
-        # What to read, (samples, fields): where it begins in its shard file, where it goes, how much it is.
-        layout = self.manifest.layout
         shards, row_in_shard = np.divmod(rows, layout.shard_samples)
-        page_in_shard = (self.table.token_offset[rows] - shards * layout.shard_tokens) // layout.page_tokens
-        first_page = np.where(self._per_token, page_in_shard[:, None], row_in_shard[:, None])
-        first_row = np.where(self._per_token, token_offsets[:-1, None], np.arange(len(rows))[:, None])
-        parts = _Parts(
-            offset=first_page * (self._page_bytes + CHECKSUM_BYTES),
-            address=first_row * self._row_bytes + np.array([tensor.data_ptr() for tensor in tensors]),
-            size=np.where(self._per_token, counts[:, None], 1) * self._row_bytes,
+        placement = Placement(
+            row_in_shard=row_in_shard,
+            page_in_shard=(self.table.token_offset[rows] - shards * layout.shard_tokens) // layout.page_tokens,
+            token_offsets=token_offsets,
+            address=np.array([tensor.data_ptr() for tensor in tensors]),
+            per_token=self._per_token,
+            row_bytes=self._row_bytes,
+            page_bytes=self._page_bytes,
         )
-
-        opened = {index: self._open(int(shard)) for index, shard in enumerate(shards)}
-        damaged = {index: shard for index, shard in opened.items() if isinstance(shard, DamagedShard)}
-        local = {index: shard for index, shard in opened.items() if isinstance(shard, LocalShard)}
-        remote = {index: shard for index, shard in opened.items() if isinstance(shard, RemoteShard)}
+        opened = [self._open(shard) for shard in shards.tolist()]
+        damaged = {index: shard for index, shard in enumerate(opened) if isinstance(shard, DamagedShard)}
+        local = {index: shard for index, shard in enumerate(opened) if isinstance(shard, LocalShard)}
+        remote = {index: shard for index, shard in enumerate(opened) if isinstance(shard, RemoteShard)}
         verify = self._verify == "always" or (self._verify == "first" and not self._verified[rows].all())
-        if local:
-            damaged |= self._read_local(local, parts, shards, verify)
-        if remote:
-            damaged |= self._read_remote(remote, parts)
+        under_way = [self._start_local(local, placement, shards, verify)] if local else []
+        under_way += [self._start_remote(remote, placement)] if remote else []
+        read = {field.name: tensor for field, tensor in zip(self.fields, tensors, strict=True)}
+        read |= {f.name: torch.empty((0, *f.row_shape), dtype=getattr(torch, f.dtype)) for f in self._left_out}
+        batch = self._batch(rows, token_offsets, read, buffers)  # while they read
+        for finish in under_way:
+            damaged |= finish()
+        batch.assignment.copy_(read["assignment"])
         if verify:
             self._verified[np.delete(rows, list(damaged))] = True
-        read = {field.name: tensor for field, tensor in zip(self.fields, tensors, strict=True)}
-        errors = tuple(self._corrupt(int(rows[index]), damage) for index, damage in sorted(damaged.items()))
-        return self._batch(rows, token_offsets, read, buffers), errors
+        return batch, tuple(self._corrupt(int(rows[index]), damage) for index, damage in sorted(damaged.items()))
 
     def _open(self, shard: int) -> OpenShard | DamagedShard:
         try:
@@ -188,46 +203,58 @@ class CacheReader:
         except DamagedShard as error:
             return error
 
-    def _read_local(
-        self, local: dict[int, LocalShard], parts: _Parts, shards: Rows, verify: bool
-    ) -> dict[int, DamagedShard]:
-        """Read samples of open files; returns what is wrong with those that are damaged."""
-        chosen = np.array(list(local))
-        size = parts.size[chosen].reshape(-1)
-        ranges = Ranges(
-            file=np.array([opened.descriptors for opened in local.values()], dtype=np.int64).reshape(-1),
-            offset=parts.offset[chosen].reshape(-1),
-            page_bytes=np.tile(self._page_bytes, len(chosen)),
-            address=parts.address[chosen].reshape(-1),
-            size=size,
-        )
-        # Each thread gets neighbouring ranges of about the same number of bytes; the last is this one.
-        ends = np.cumsum(size)
-        cuts = np.searchsorted(ends, ends[-1] * np.arange(1, self._threads) // self._threads).tolist()
-        *spans, own = zip([0, *cuts], [*cuts, len(size)], strict=True)
-        others = [self._pool.submit(read_pages, ranges, *span, verify) for span in spans]
-        found = [read_pages(ranges, *own, verify)]
-        states = np.concatenate([other.result() for other in others] + found).reshape(len(chosen), len(self.fields))
-        return {
-            int(chosen[i]): DamagedShard(shard_key(self.fields[f], int(shards[chosen[i]])), REASONS[int(states[i, f])])
-            for i, f in np.argwhere(states != WHOLE)
-        }
+    def _start_local(
+        self, local: dict[int, LocalShard], placement: Placement, shards: Rows, verify: bool
+    ) -> Callable[[], dict[int, DamagedShard]]:
+        """Begin to read samples of open files. Calling the result joins in, and returns which are damaged."""
+        samples = np.array(list(local))
+        files = np.array([opened.descriptors for opened in local.values()])[:, self._file_of_field]
+        parts = PARTS * self._threads
+        waiting = iter(range(parts))
 
-    def _read_remote(self, remote: dict[int, RemoteShard], parts: _Parts) -> dict[int, DamagedShard]:
-        """Read samples of a bucket, REQUESTS fields at a time; returns what is wrong with those that are damaged."""
+        def work() -> npt.NDArray[np.int8]:
+            found = np.zeros(files.shape, dtype=np.int8)
+            for part in waiting:
+                found |= read_samples(placement, samples, files, part, parts, verify)
+            return found
+
+        others = [self._pool.submit(work) for _ in range(self._threads - 1)]
+
+        def finish() -> dict[int, DamagedShard]:
+            found = work()
+            for other in others:
+                found |= other.result()
+            return {
+                int(samples[i]): DamagedShard(
+                    shard_key(self.fields[f], int(shards[samples[i]])), REASONS[int(found[i, f])]
+                )
+                for i, f in (np.argwhere(found != WHOLE) if found.any() else ())
+            }
+
+        return finish
+
+    def _start_remote(
+        self, remote: dict[int, RemoteShard], placement: Placement
+    ) -> Callable[[], dict[int, DamagedShard]]:
+        """Begin to fetch samples of a bucket, REQUESTS fields at a time. Calling the result returns the damaged."""
 
         def read(index: int, f: int) -> DamagedShard | None:
-            into = memory_at(int(parts.address[index, f]), int(parts.size[index, f]))
+            offset, address, size = placement.range_of(index, f)
             try:
-                remote[index].read_pages(f, int(parts.offset[index, f]), int(self._page_bytes[f]), into)
+                file, page_bytes = self._file_of_field[f], int(self._page_bytes[f])
+                remote[index].read_pages(file, offset, page_bytes, memory_at(address, size))
             except DamagedShard as error:
                 return error
             return None
 
         asked = {index: [self._pool.submit(read, index, f) for f in range(len(self.fields))] for index in remote}
-        wait([future for futures in asked.values() for future in futures])  # none may write to the buffers any more
-        results = ((index, future.result()) for index, futures in asked.items() for future in futures)
-        return {index: damage for index, damage in results if damage is not None}
+
+        def finish() -> dict[int, DamagedShard]:
+            wait([future for futures in asked.values() for future in futures])  # none may write to buffers any more
+            results = ((index, future.result()) for index, futures in asked.items() for future in futures)
+            return {index: damage for index, damage in results if damage is not None}
+
+        return finish
 
     def _corrupt(self, row: int, damage: DamagedShard) -> CorruptRecord:
         image_id, view = int(self.table.image_id[row]), int(self.table.view[row])
@@ -241,12 +268,16 @@ class CacheReader:
         )
 
     def _batch(self, rows: Rows, token_offsets: Rows, read: dict[str, Tensor], buffers: BatchBuffers) -> CachedBatch:
-        if "token_positions" in read:
-            positions = buffers.converted("token_positions", read["token_positions"], torch.int64)
+        positions = read.get("token_positions")
+        if positions is None:
+            positions = buffers.tensor("token_positions", (int(token_offsets[-1]),), "int32")
+            for first, last in pairwise(token_offsets.tolist()):
+                torch.arange(last - first, out=positions[first:last])
+        if self.manifest.teacher.input_size is None:
+            strides = self._strides.expand(len(rows), -1, -1)
         else:
-            counts = np.diff(token_offsets)
-            positions = torch.from_numpy(np.arange(token_offsets[-1]) - np.repeat(token_offsets[:-1], counts))
-        sizes = self.table.augmentation[rows, 5:7]  # height, width
+            heights, widths = self.table.augmentation[rows, 5:7].T
+            strides = torch.from_numpy(level_strides(self.manifest.teacher, heights, widths))
         return CachedBatch(
             tokens=read["tokens"],
             token_scales=read.get("token_scales"),
@@ -260,18 +291,14 @@ class CacheReader:
             logits=read["logits"],
             boxes_cxcywh=read["boxes_cxcywh"],
             quality=read["quality"],
-            assignment=buffers.converted("assignment", read["assignment"], torch.int64),
-            level_strides=torch.from_numpy(level_strides(self.manifest.teacher, sizes[:, 0], sizes[:, 1])),
+            assignment=buffers.tensor("assignment as int64", tuple(read["assignment"].shape), "int64"),
+            level_strides=strides,
+            neck=read.get("neck"),
+            neck_scales=read.get("neck_scales"),
+            neck_channel_scale=self.constants.get("neck_channel_scale"),
+            neck_channel_shift=self.constants.get("neck_channel_shift"),
+            neck_weights=read.get("neck_weights"),
         )
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What to read of a batch, each (samples, fields) int64: byte offset in a shard file, address, size in bytes."""
-
-    offset: Rows
-    address: Rows
-    size: Rows
 
 
 def read_manifest(store: Location) -> Manifest:

@@ -92,7 +92,7 @@ class Folder:
         (self.root / key).unlink(missing_ok=True)
 
     def create(self, build: Callable[[Path], None]) -> None:
-        """Let `build` fill an empty folder, and put the store in its place all at once."""
+        """Let `build` fill an empty folder, and put the store in its place all at once. OSError where there is one."""
         building = self.root.with_name(f"{self.root.name}{TEMPORARY}-{os.getpid()}")
         shutil.rmtree(building, ignore_errors=True)
         building.parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +225,10 @@ class Bucket:
             self._call(lambda obstore: obstore.delete(self.client, key))
 
     def create(self, build: Callable[[Path], None]) -> None:
-        """Let `build` fill a folder and put its files, the group's zarr.json last: it makes the store visible."""
+        """Let `build` fill a folder and put its files, the group's zarr.json last: it makes the store visible.
+
+        FileExistsError where another process was faster.
+        """
         with tempfile.TemporaryDirectory() as folder:
             building = Path(folder) / "store.zarr"
             build(building)
@@ -233,7 +236,7 @@ class Bucket:
             for path in files:
                 self.put(path.relative_to(building).as_posix(), path.read_bytes())
             if not self.put("zarr.json", (building / "zarr.json").read_bytes(), overwrite=False):
-                raise UserError(f"{self.url}: another process has just created a store there; run the command again")
+                raise FileExistsError(f"{self.url}: another process has just created a store there")
 
     def remove_partial(self) -> None:
         """Nothing to do: an object that was not put whole does not exist."""

@@ -1,0 +1,252 @@
+"""Stores in a bucket, on a real S3 server: the same bytes, and what happens when the network breaks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from common.cache import storage
+from common.cache.plan import Plan
+from common.cache.reader import CacheReader, CorruptRecord, read_manifest
+from common.cache.schema import CodecInfo, Manifest
+from common.cache.storage import Bucket, Folder, locate
+from common.cache.writer import ShardWriter, create_store, finished_shards, shard_key
+from common.errors import UserError
+from tests.dump_cases import contents, draw_scenes, dump
+from tests.s3_server import CannotStart, Server, Wire, environment, running_server
+from tests.test_cache import make_record, make_store_inputs, write_all
+
+pytest.importorskip("obstore", reason="obstore is not installed: pip install detrcache[s3]")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    try:
+        with running_server() as server:
+            yield server
+    except CannotStart as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture
+def wire(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
+    """The way to the server, in the environment; commands give up after 2 s without it."""
+    wire = Wire(server.port)
+    for name, value in environment(wire.url).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(storage, "RETRY_S", 2.0)
+    storage._open_bucket.cache_clear()
+    yield wire
+    wire.cut()
+    storage._open_bucket.cache_clear()
+
+
+@pytest.fixture
+def url(wire: Wire) -> str:
+    return f"s3://bucket/{uuid4().hex}/store.zarr"
+
+
+@pytest.fixture
+def inputs() -> tuple[Manifest, Plan]:
+    return make_store_inputs(CodecInfo("int8", 0.5), images=12, views=2)
+
+
+def bucket_contents(url: str) -> dict[str, bytes]:
+    """Every object of a store, with a client of its own."""
+    import obstore
+
+    client = obstore.store.from_url(url, client_options={"allow_http": True})
+    listed = [entry["path"] for chunk in obstore.list(client) for entry in chunk]
+    return {key: bytes(obstore.get(client, key).bytes()) for key in listed}
+
+
+def write_both(tmp_path: Path, url: str, inputs: tuple[Manifest, Plan]) -> Path:
+    write_all(tmp_path / "store.zarr", *inputs)
+    write_all(url, *inputs)
+    return tmp_path / "store.zarr"
+
+
+def assert_same_records(ours: CacheReader, theirs: CacheReader) -> None:
+    rows = np.random.default_rng(0).permutation(len(ours))
+    for some in np.array_split(rows, 3):
+        one, other = ours.read(some), theirs.read(some)
+        for name, tensor in vars(one).items():
+            if isinstance(tensor, torch.Tensor):
+                assert torch.equal(tensor, getattr(other, name)), name
+
+
+def test_a_bucket_holds_what_a_folder_holds(tmp_path: Path, url: str, inputs: tuple[Manifest, Plan]) -> None:
+    """A store written to S3 against one written to a folder: the same keys and bytes; our reader and zarr-python
+    read the same from both."""
+    local = write_both(tmp_path, url, inputs)
+    ours, theirs = contents(local), bucket_contents(url)
+    assert ours.keys() == theirs.keys()
+    assert [key for key in ours if ours[key] != theirs[key]] == []
+    assert finished_shards(url, inputs[0]).all()
+    assert_same_records(CacheReader(url), CacheReader(local))
+    bucket = locate(url)
+    remote_tokens, local_tokens = (
+        zarr.open_array(place, path="tokens", mode="r") for place in (bucket.zarr_store(), local)
+    )
+    np.testing.assert_array_equal(np.asarray(remote_tokens[:200]), np.asarray(local_tokens[:200]))
+
+
+def test_urls_survive_pathlib(url: str) -> None:
+    """A bucket's URL that went through pathlib, which folds slashes, names the same bucket."""
+    assert locate(Path(url)) == locate(url)
+    assert isinstance(locate("s3.zarr"), Folder)
+
+
+def test_wrong_secrets_are_refused_in_one_line(
+    url: str, wire: Wire, inputs: tuple[Manifest, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    storage._open_bucket.cache_clear()
+    for attempt in (lambda: create_store(url, *inputs, {}), lambda: read_manifest(url), lambda: CacheReader(url)):
+        with pytest.raises(UserError, match=r"refused the request.*AWS_SECRET_ACCESS_KEY") as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_missing_store_and_a_second_creator(url: str, inputs: tuple[Manifest, Plan]) -> None:
+    """Nothing at the URL: one line. Two processes create at once: the second learns of it, the first one's stays."""
+    with pytest.raises(UserError, match="found nothing"):
+        read_manifest(url)
+    create_store(url, *inputs, {})
+    with pytest.raises(FileExistsError):
+        create_store(url, *make_store_inputs(CodecInfo("fp16", 1.0)), {})
+    assert read_manifest(url) == inputs[0]
+
+
+def test_a_short_cut_is_waited_out(
+    tmp_path: Path, url: str, wire: Wire, inputs: tuple[Manifest, Plan], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The network is gone for half a second while records are read: they come, equal, with a warning."""
+    local = write_both(tmp_path, url, inputs)
+    reader = CacheReader(url)
+    wire.cut()
+    healing = threading.Timer(0.5, wire.mend)
+    healing.start()
+    logging.getLogger("detrcache").propagate = True
+    assert_same_records(reader, CacheReader(local))
+    healing.join()
+    assert "trying again" in caplog.text
+
+
+def test_a_shard_is_there_whole_or_not_at_all(url: str, wire: Wire, inputs: tuple[Manifest, Plan]) -> None:
+    """The network breaks in the middle of a put: one line says so, and the shard is not finished."""
+    manifest, plan = inputs
+    create_store(url, manifest, plan, {})
+    writer = ShardWriter(url, manifest, 0)
+    writer.add([make_record(manifest, plan, row) for row in range(manifest.layout.shard_samples)])
+    wire.cut_after = 2000
+    with pytest.raises(UserError, match=r"out of reach for 2 s.*run the same command again") as caught:
+        writer.commit()
+    assert "\n" not in str(caught.value)
+    wire.mend()
+    assert not finished_shards(url, manifest).any()
+
+
+def test_a_dump_goes_on_after_the_network_was_cut(
+    tmp_path: Path, url: str, wire: Wire, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`teacher_dump --out s3://...` whose network is cut in the middle ends with one line; run again it completes the
+    store. Its bytes equal those of a local dump, and a student trains from it."""
+    data = draw_scenes(tmp_path / "scenes", 12)
+    assert dump(data, tmp_path / "store.zarr") == 0
+    wire.cut_after = 400_000
+    assert dump(data, url) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: s3://bucket/")
+    assert "it goes on where it stopped" in error
+    wire.mend()
+    finished = finished_shards(url, read_manifest(url))
+    assert 0 < finished.sum() < len(finished)
+    assert dump(data, url) == 0
+    ours, theirs = contents(tmp_path / "store.zarr"), bucket_contents(url)
+    assert ours == theirs
+    arguments = [
+        "--cache", url, "--data", data, "--student", "tiny", "--epochs", "1", "--batch-size", "4",
+        "--out", tmp_path, "--name", "run", "--workers", "1", "--device", "cpu",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "student_train", *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_second_epoch_needs_no_network(tmp_path: Path, url: str, wire: Wire, inputs: tuple[Manifest, Plan]) -> None:
+    """With a local cache, what was read once is read again with the network cut, by this process and by another; the
+    copies are the objects' bytes."""
+    local = write_both(tmp_path, url, inputs)
+    reader = CacheReader(url, local_cache=tmp_path / "copies")
+    other = CacheReader(url, local_cache=tmp_path / "copies")
+    assert_same_records(reader, CacheReader(local))
+    assert reader.copies is not None
+    reader.copies.wait()
+    later = CacheReader(url, local_cache=tmp_path / "copies")
+    wire.cut()
+    assert_same_records(reader, CacheReader(local))
+    assert_same_records(later, CacheReader(local))
+    with pytest.raises(UserError, match="out of reach"):
+        other.read([0])  # opened when there was no copy yet
+    field = inputs[0].fields()[0]
+    copy = reader.copies.folder.root / shard_key(field, 1)
+    assert copy.read_bytes() == (local / shard_key(field, 1)).read_bytes()
+
+
+def test_the_local_cache_keeps_within_its_size(tmp_path: Path, url: str, inputs: tuple[Manifest, Plan]) -> None:
+    """A bound below the store's size: the folder stays below it and holds something; records are right."""
+    local = write_both(tmp_path, url, inputs)
+    whole = sum(len(data) for key, data in contents(local).items() if "/c." in key)
+    reader = CacheReader(url, local_cache=tmp_path / "copies", local_cache_bytes=whole // 2)
+    assert_same_records(reader, CacheReader(local))
+    assert reader.copies is not None
+    reader.copies.wait()
+    assert_same_records(reader, CacheReader(local))
+    used = sum(len(data) for data in contents(tmp_path / "copies").values())
+    assert 0 < used <= whole // 2
+
+
+@pytest.mark.parametrize("damage", ["page", "index", "end"])
+def test_damaged_objects_are_noticed_and_left_out(url: str, inputs: tuple[Manifest, Plan], damage: str) -> None:
+    """A flipped byte of a page, of the index, or an object cut short: reading names image, view and shard; read_sound
+    gives the other records, equal to those read before."""
+    manifest, plan = inputs
+    write_all(url, manifest, plan)
+    before = CacheReader(url).read(range(len(plan.table)))
+    bucket, key = locate(url), shard_key(manifest.fields()[0], 1)
+    assert isinstance(bucket, Bucket)
+    content = bytearray(bucket.read(key))
+    if damage == "end":
+        content = content[: len(content) // 2]
+    else:
+        content[10 if damage == "page" else len(content) - 10] ^= 1
+    bucket.put(key, bytes(content))
+    with pytest.raises(CorruptRecord, match=r"tokens/c\.1\.0.* image \d+, view \d") as caught:
+        CacheReader(url).read(range(len(plan.table)))
+    assert caught.value.shard == 1
+    batch, dropped = CacheReader(url).read_sound(range(len(plan.table)))
+    in_shard = manifest.layout.shard_samples
+    expected = [in_shard] if damage == "page" else list(range(in_shard, 2 * in_shard))
+    assert [error.row for error in dropped] == expected
+    kept = np.setdiff1d(np.arange(len(plan.table)), expected)
+    assert torch.equal(batch.logits, before.logits[kept])
+    sizes = np.diff(batch.token_offsets)
+    np.testing.assert_array_equal(sizes, plan.table.token_count[kept])
