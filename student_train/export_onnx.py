@@ -98,6 +98,8 @@ def to_onnx(
             verbose=False,
         )
     assert program is not None
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, with the paths of this machine
     program.model.doc_string = DESCRIPTION.format(multiple=PADDING_MULTIPLE)
     program.model.metadata_props.update(
         {

@@ -191,7 +191,7 @@ def _second_heads(state: State, config: DetectorConfig, decoder: str) -> State:
 _TRANSFORMERS_SPELLINGS = [
     (r"^model\.backbone\.model\.", "model.backbone.conv_encoder.model."),
     (r"\.self_attn\.o_proj\.", ".self_attn.out_proj."),
-    (r"\.mlp\.fc", ".fc"),
+    (r"^(model\.(?:en|de)coder\.layers\.\d+)\.mlp\.fc", r"\1.fc"),
     (r"^model\.decoder\.(bbox|class)_embed\.", r"\1_embed."),
     (r"\.model\.embedder\.embedder\.convolution\.", ".model.conv1."),
     (r"\.model\.embedder\.embedder\.normalization\.", ".model.bn1."),
