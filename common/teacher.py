@@ -120,7 +120,9 @@ def detector_teacher(
     info = detector_info(model, name, weights_sha256, trained)
     columns = output_columns(category_ids, model.config.num_classes)
     embeddings = model.query_embeddings
-    constants = {} if embeddings is None else {"query_embeddings": embeddings.detach().float().cpu().numpy()}
+    constants = {}
+    if embeddings is not None and not embeddings.is_meta:
+        constants["query_embeddings"] = embeddings.detach().float().cpu().numpy()
     return Teacher(
         info=info,
         constants=constants,

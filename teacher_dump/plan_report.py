@@ -17,7 +17,7 @@ from teacher_dump.config import DumpConfig, PlanConfig
 from teacher_dump.encode import Statistics, calibrate, encode_records, run_teacher, statistics_of
 from teacher_dump.job import Job, load_sample, prepare
 from teacher_dump.tables import duration, facts, size, table
-from teacher_dump.teachers import load_teacher
+from teacher_dump.teachers import RANDOM, load_teacher
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ def run_plan(config: PlanConfig) -> str:
     if config.measure < 0 or config.student_epochs < 1:
         raise UserError("expected --measure of 0 or more and --student-epochs of 1 or more")
     annotations = load_annotations(config.data.data, config.data.split)
-    device = choose_device(config.teacher.device) if config.measure else torch.device("cpu")
+    shapes_only = torch.device("meta" if config.teacher.teacher.startswith(RANDOM) else "cpu")
+    device = choose_device(config.teacher.device) if config.measure else shapes_only
     teacher = load_teacher(config.teacher.teacher, annotations, device, config.teacher.teacher_size)
     job = prepare(DumpConfig(config.data, config.teacher, config.store), annotations, teacher)
     costs = measure(job, config.measure) if config.measure else None

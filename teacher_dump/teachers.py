@@ -37,7 +37,7 @@ def load_teacher(
         raise UserError(f"--teacher-size is for teachers named {TRANSFORMERS}..., found {name}; leave it out")
     category_ids = annotations.category_ids
     if name.startswith(RANDOM):
-        model, weights_sha256, trained = _random_detector(name, len(category_ids), seed), "", False
+        model, weights_sha256, trained = _random_detector(name, len(category_ids), seed, device), "", False
         log.warning(f"{name} is an UNTRAINED teacher: good for a trial of the pipeline, worthless to learn from")
     else:
         path = Path(name)
@@ -53,10 +53,13 @@ def load_teacher(
     return detector_teacher(model.to(device), name, weights_sha256, trained, category_ids)
 
 
-def _random_detector(name: str, classes: int, seed: int) -> DeformableDetr:
+def _random_detector(name: str, classes: int, seed: int, device: torch.device) -> DeformableDetr:
     preset = PRESETS.get(name.removeprefix(RANDOM))
     if preset is None:
         raise UserError(f"expected {RANDOM} followed by one of {', '.join(PRESETS)}, found {name}")
+    if device.type == "meta":  # shapes without numbers, all that a plan needs
+        with device:
+            return DeformableDetr(preset(classes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return DeformableDetr(preset(classes))
