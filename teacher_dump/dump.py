@@ -83,8 +83,8 @@ def write_missing(job: Job, out: Path, workers: int, skip_broken: bool, ranks: R
                     broken.update(dict.fromkeys(sample.broken for sample in blank))
                     records = encode_records(job, batch, run_teacher(job, batch), statistics)
                     yield records, [sample.row for sample in blank]
+                    bar.set_postfix_str(f"{(bar.n + len(batch)) * record_bytes / 1e9:.3g} GB", refresh=False)
                     bar.update(len(batch))
-                    bar.set_postfix_str(f"{bar.n * record_bytes / 1e9:.3g} GB")
 
             write_shards(out, manifest, shards, batches_of)
     return Summary(len(rows), int(len(rows) * record_bytes), time.monotonic() - begin_s, tuple(broken))

@@ -8,6 +8,8 @@ Small shards make this harder than a real dump, which writes and synchronises 25
 from __future__ import annotations
 
 import atexit
+import contextlib
+import io
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -60,7 +62,11 @@ def _empty_stores(job: Job, folder: Path, name: str, count: int) -> Iterator[Pat
 
 
 def _dump(job: Job, stores: Iterator[Path]) -> Callable[[], object]:
-    return lambda: write_missing(job, next(stores), WORKERS, False, Ranks())
+    def run() -> None:
+        with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
+            write_missing(job, next(stores), WORKERS, False, Ranks())
+
+    return run
 
 
 def _teacher_alone(job: Job) -> Callable[[], object]:

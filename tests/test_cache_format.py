@@ -1,0 +1,123 @@
+"""docs/cache-format.md is enough: a reader written from that page alone, without zarr or this project's code."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from dump_cases import command, draw_scenes, dump
+
+from common.cache.reader import CacheReader
+
+Array = npt.NDArray[Any]
+
+
+def crc32c(data: bytes) -> int:
+    """Bit by bit: the reflected polynomial of Castagnoli, 0x82F63B78."""
+    value = 0xFFFFFFFF
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
+    return value ^ 0xFFFFFFFF
+
+
+def check(data: bytes, *, fully: bool) -> bytes:
+    """What stands before the checksum. The sum is compared where `fully`: bit by bit it is slow."""
+    content, stored = data[:-4], struct.unpack("<I", data[-4:])[0]
+    assert not fully or crc32c(content) == stored
+    return content
+
+
+def metadata(store: Path, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    about = json.loads((store / name / "zarr.json").read_bytes())
+    return tuple(about["shape"]), np.dtype(about["data_type"]).newbyteorder("<")
+
+
+def small_array(store: Path, name: str) -> Array:
+    shape, dtype = metadata(store, name)
+    data = (store / name).joinpath("c", *("0" for _ in shape)).read_bytes()
+    return np.frombuffer(check(data, fully=True), dtype).reshape(shape)
+
+
+def rows_of_sample(store: Path, name: str, i: int) -> Array:
+    """A sample's rows of a token field, or its one row of a sample field."""
+    layout = json.loads((store / "zarr.json").read_bytes())["attributes"]["detrcache"]["layout"]
+    n, t, p = layout["shard_samples"], layout["shard_tokens"], layout["page_tokens"]
+    k = i // n
+    shape, dtype = metadata(store, name)
+    row_shape = shape[1:]
+    is_token_field = name.startswith(("token", "neck"))
+    page_rows = p if is_token_field else 1
+    b = page_rows * int(np.prod(row_shape)) * dtype.itemsize + 4
+    if is_token_field:
+        count = int(small_array(store, "samples/token_count")[i])
+        first, pages = (int(small_array(store, "samples/token_offset")[i]) - k * t) // p, -(-count // p)
+    else:
+        count, first, pages = 1, i - k * n, 1
+    file = (store / name / ".".join(["c", str(k), *("0" for _ in row_shape)])).read_bytes()
+    possible = (t if is_token_field else n) // page_rows
+    index = check(file[-(possible * 16 + 4) :], fully=True)
+    for page in range(first, first + pages):
+        assert struct.unpack_from("<QQ", index, page * 16) == (page * b, b)
+    content = b"".join(
+        check(file[page * b : (page + 1) * b], fully=page == first) for page in range(first, first + pages)
+    )
+    return np.frombuffer(content, dtype).reshape(-1, *row_shape)[:count]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--tokens", "int8", "--keep-tokens", "0.4"), ("--tokens", "int8", "--neck"), ("--tokens", "fp32")],
+    ids=" ".join,
+)
+def test_reader_from_the_specification(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Every field of some samples, and the decoded tokens, against our reader: equal."""
+    data = draw_scenes(tmp_path / "scenes", images=10)
+    (data / "train2017" / "000000000004.jpg").write_bytes(b"broken")
+    store = tmp_path / "s.zarr"
+    assert dump(data, store, "--skip-broken", *options) == 0
+    reader = CacheReader(store)
+    image_ids = small_array(store, "samples/image_id")
+    skipped_rows = set(range(10)) - set(reader.rows().tolist())
+    assert {int(image_ids[row]) for row in skipped_rows} == {4}
+    for file in (store / "skipped" / "c").iterdir():
+        marks = np.frombuffer(check(file.read_bytes(), fully=True), np.uint8)
+        assert {int(file.name) * len(marks) + int(row) for row in np.flatnonzero(marks)} == skipped_rows
+    reader.choose_fields({field.name for field in reader.manifest.fields()})
+    for row in reader.rows()[[0, 4, 8]].tolist():
+        batch = reader.read([row])
+        for field in reader.manifest.fields():
+            ours, theirs = rows_of_sample(store, field.name, row), getattr(batch, field.name).numpy()
+            np.testing.assert_array_equal(
+                ours if field.per == "token" else ours[0], theirs if field.per == "token" else theirs[0]
+            )
+        if batch.channel_scale is not None:
+            q, scale = (rows_of_sample(store, name, row) for name in ("tokens", "token_scales"))
+            channel_scale, channel_shift = (
+                small_array(store, f"teacher/channel_{name}") for name in ("scale", "shift")
+            )
+            value = q * scale.astype(np.float32) * channel_scale + channel_shift
+            assert batch.token_scales is not None
+            assert batch.channel_shift is not None
+            expected = batch.tokens.float() * batch.token_scales.float() * batch.channel_scale + batch.channel_shift
+            np.testing.assert_allclose(value, expected.numpy(), rtol=1e-6, atol=1e-6)
+
+
+def test_manifest_checksum(tmp_path: Path) -> None:
+    """The checksums in the group's zarr.json, by the specification's words."""
+    store = tmp_path / "s.zarr"
+    assert dump(draw_scenes(tmp_path / "scenes", images=4), store) == 0
+    assert command("verify", store) == 0
+    attributes = json.loads((store / "zarr.json").read_bytes())["attributes"]
+    sums = attributes["crc32c"]
+    manifest = json.dumps(attributes["detrcache"], sort_keys=True, separators=(",", ":")).encode()
+    assert sums.pop("detrcache") == crc32c(manifest)
+    assert set(sums) == {str(path.relative_to(store)) for path in store.rglob("zarr.json")} - {"zarr.json"}
+    for name, value in sums.items():
+        assert crc32c((store / name).read_bytes()) == value
