@@ -101,10 +101,11 @@ class DetectorOutput:
 class CachedBatch:
     """A batch of records as it leaves the store: still quantised, ragged over tokens.
 
-    tokens: (S, C) float16 or int8, the kept tokens of all samples one after another. token_scales: (S, 1) float16 and
-    channel_scale, channel_shift: (C,) float32 decode int8 tokens as q * token_scale * channel_scale + channel_shift;
-    None for float16. token_positions: (S,) int32, index of each token in its own sample's unpadded T. token_weights:
-    (S,) float32, W(t)/pi(t), so that sum(weight * squared error) over kept tokens estimates the sum over all tokens.
+    tokens: (S, C) float32, float16 or int8, or (S, C/2) uint8 of two int4 each, the kept tokens of all samples one
+    after another. token_scales: (S, G) float16, one for each group of C/G channels, and channel_scale, channel_shift:
+    (C,) float32 decode int8 and int4 as q * token_scale * channel_scale + channel_shift; None for floats.
+    token_positions: (S,) int32, index of each token in its own sample's unpadded T. token_weights: (S,) float32,
+    W(t)/pi(t), so that sum(weight * squared error) over kept tokens estimates the sum over all tokens.
     token_offsets: (B + 1,) int64 into S. level_shapes: (B, levels, 2) int64, each sample's own unpadded grids.
     level_strides: (B, levels, 2) float32, pixels of the sample from token to token, down and across: the teacher's
     strides, scaled where it resized the sample to its own input; None if they are the student's.
@@ -112,7 +113,7 @@ class CachedBatch:
     assignment (B, L, Q) int64: which ground-truth box the teacher's own Hungarian matching gave the query, -1 for none.
     neck (T, C), neck_scales, neck_channel_scale, neck_channel_shift: the encoder's input, as tokens is its output;
     neck_weights (T,) float32, the weight map of the released code. None unless the store holds them, with all tokens.
-    A field that was left out when reading has no rows.
+    A field that the store does not hold, or that was left out when reading, has no rows.
     """
 
     tokens: Tensor

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.cache.codec import INT8_STEP_ERROR, ChannelStatistics, Stored, decode_tokens
+from common.cache.codec import STEP_ERROR, ChannelStatistics, Stored, decode_tokens, token_steps
 from common.cache.reader import CacheReader
+from common.cache.schema import Rounding
 from common.cache.writer import Record
 from common.runtime import log
 from teacher_dump.config import SourceOptions
@@ -102,28 +103,28 @@ def _compare(
     fresh = token_fields(job.manifest, len(record["tokens"]), sample.image_id, sample.view, memory, weights, statistics)
     positions = record.get("token_positions", fresh["token_positions"])
     tokens = {name: record[name] for name in ("tokens", "token_scales") if name in record}
-    _add_features(comparisons["tokens"], tokens, memory[positions], statistics.tokens)
+    _add_features(comparisons["tokens"], tokens, memory[positions], statistics.tokens, codec.rounding)
     if codec.neck:
-        _add_features(comparisons["neck"], stored_neck(record), answer["neck"], statistics.neck)
+        _add_features(comparisons["neck"], stored_neck(record), answer["neck"], statistics.neck, codec.rounding)
         comparisons["neck_weights"].add(record["neck_weights"], answer["neck_weights"], 0.0)
     if "token_positions" in record:
         comparisons["token_positions"].add_choices(positions, fresh["token_positions"])
     same = positions == fresh["token_positions"]
     comparisons["token_weights"].add(record["token_weights"][same], fresh["token_weights"][same], 0.0)
-    for name in ("queries", "logits", "boxes_cxcywh", "quality"):
+    for name in {"queries", "logits", "boxes_cxcywh", "quality"} & record.keys():
         comparisons[name].add(record[name], answer[name], _rounding(answer[name], record[name]))
     comparisons["assignment"].add_choices(record["assignment"], answer["assignment"])
 
 
 def _add_features(
-    comparison: Comparison, stored: Stored, teacher: Floats, statistics: ChannelStatistics | None
+    comparison: Comparison, stored: Stored, teacher: Floats, statistics: ChannelStatistics | None, rounding: Rounding
 ) -> None:
     """Compare features as they are stored with the teacher's."""
     bound: Floats | float
     if statistics is None:
         bound = _rounding(teacher, stored["tokens"])
     else:
-        bound = INT8_STEP_ERROR * stored["token_scales"].astype(np.float32) * statistics.channel_scale
+        bound = STEP_ERROR[rounding] * token_steps(stored["token_scales"], statistics)
     comparison.add(decode_tokens(stored, statistics), teacher, bound)
 
 

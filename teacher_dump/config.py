@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypeVar
 
 import tyro
 
-from common.cache.schema import CodecInfo, TokenCodec
+from common.cache.schema import CodecInfo, Rounding, TokenCodec
 
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
@@ -21,7 +21,7 @@ Config = TypeVar("Config")
 
 PRESETS: dict[PresetName, CodecInfo] = {
     "standard": CodecInfo("fp16", 1.0),
-    "compact": CodecInfo("int8", 0.25),
+    "compact": CodecInfo("int4", 0.2, queries=False),
     "full": CodecInfo("fp32", 1.0, neck=True),
 }
 
@@ -71,23 +71,36 @@ class StoreOptions:
     out: Path = Path("store.zarr")
     """The store to write. An unfinished one of the same configuration is completed."""
     preset: PresetName = "standard"
-    """What the following three are unless they are given. standard: fp16, all tokens. compact: int8, a quarter of the
-    tokens. full: fp32, all tokens and the neck's features, lossless and for every loss."""
-    tokens: Annotated[TokenCodec | None, tyro.conf.arg(metavar="{fp32,fp16,int8}", help_behavior_hint="")] = None
-    """How token features are stored: fp32 is lossless, int8 takes half of fp16's bytes."""
+    """What the following are unless they are given. standard: fp16, all tokens. compact: int4, a fifth of the tokens,
+    no queries, a tenth of the bytes (docs/fidelity.md). full: fp32, all tokens and the neck's features, lossless and
+    for every loss."""
+    tokens: Annotated[TokenCodec | None, tyro.conf.arg(metavar="{fp32,fp16,int8,int4}", help_behavior_hint="")] = None
+    """How token features are stored: fp32 is lossless, int8 takes half of fp16's bytes, int4 little over a quarter."""
+    rounding: Rounding = "nearest"
+    """Of int8 and int4: nearest has the smaller error, stochastic none on average."""
     keep_tokens: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
     """Fraction of each sample's tokens to keep, drawn by their weight without bias; 1 keeps all."""
     neck: bool = False
     """Store the encoder's input too, all tokens of it: for --mode released and for FGD (docs/losses.md)."""
+    queries: Annotated[bool | None, tyro.conf.arg(metavar="BOOL", help_behavior_hint="")] = None
+    """True or False: store the decoder's output vectors, which only the contrastive loss of --mode released reads."""
 
     @property
     def codec(self) -> CodecInfo:
         preset = PRESETS[self.preset]
+        tokens = preset.tokens if self.tokens is None else self.tokens
         return CodecInfo(
-            preset.tokens if self.tokens is None else self.tokens,
+            tokens,
             preset.keep_tokens if self.keep_tokens is None else self.keep_tokens,
             preset.neck or self.neck,
+            rounding_of(tokens, self.rounding),
+            preset.queries if self.queries is None else self.queries,
         )
+
+
+def rounding_of(tokens: TokenCodec, wanted: Rounding) -> Rounding:
+    """Floats are rounded to nearest whatever is wanted, so that equal stores have equal manifests."""
+    return wanted if tokens in ("int8", "int4") else "nearest"
 
 
 @dataclass(frozen=True)
@@ -185,8 +198,12 @@ class TranscodeConfig:
     """How token features are stored. (default: as in the store that is read)"""
     keep_tokens: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     """Fraction of each sample's tokens to keep. (default: as in the store that is read)"""
+    rounding: Rounding = "nearest"
+    """Of tokens that become int8 or int4: nearest has the smaller error, stochastic none on average."""
     neck: bool = True
     """Keep the neck's features if the store has them and all tokens are kept; --no-neck leaves them out."""
+    queries: bool = True
+    """Keep the queries if the store has them; --no-queries leaves them out."""
     views: OptionalInt = None
     """Keep only this many views, from the first. (default: all)"""
 
@@ -206,6 +223,8 @@ class PruneConfig:
     """Keep only this many views, from the first. (default: all)"""
     neck: bool = True
     """Keep the neck's features if the store has them; --no-neck leaves them out."""
+    queries: bool = True
+    """Keep the queries if the store has them; --no-queries leaves them out."""
 
 
 def parse(config: type[Config], arguments: list[str], prog: str) -> Config:

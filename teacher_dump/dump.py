@@ -96,7 +96,7 @@ def _constants(job: Job) -> dict[str, npt.NDArray[np.float32]]:
     Computed when a store is created and read from it ever after, so every rank and every rerun has the same.
     """
     constants = dict(job.teacher.constants)
-    if job.manifest.codec.tokens == "int8":
+    if job.manifest.codec.quantised:
         rows = range(min(CALIBRATION_SAMPLES, len(job.plan.table)))
         samples = [load_sample(job, row, skip_broken=True) for row in rows]
         found = [answer for batch in batches(samples, job.manifest.batch_size) for answer in run_teacher(job, batch)]

@@ -27,7 +27,7 @@ CALIBRATION_SAMPLES = 16  # of the plan's first samples, for the spread of the c
 
 @dataclass(frozen=True)
 class Statistics:
-    """The channel statistics that a store's features are encoded with; None for what is not int8 or not stored."""
+    """The channel statistics that a store's features are encoded with; None for what is not quantised or not stored."""
 
     tokens: ChannelStatistics | None = None
     neck: ChannelStatistics | None = None
@@ -49,7 +49,7 @@ def encode_records(
         memory, weights = answer.pop("memory"), answer.pop("weights")
         tokens = token_fields(job.manifest, kept, sample.image_id, sample.view, memory, weights, statistics)
         if "neck" in answer:
-            answer |= encode_neck(job.manifest, answer["neck"], statistics)
+            answer |= encode_neck(job.manifest, sample.image_id, sample.view, answer["neck"], statistics)
         records.append({**answer, **tokens})
     return records
 
@@ -89,13 +89,15 @@ def token_fields(
 ) -> Record:
     """The token fields of one sample: `kept` of its tokens (T, C), drawn by their weights (T,), and encoded."""
     positions, kept_weights = draw_tokens(weights, kept, (manifest.views.seed, image_id, view))
-    encoded = encode_tokens(memory[positions], manifest.codec.tokens, statistics.tokens)
+    codec, key = manifest.codec, (manifest.views.seed, image_id, view, 0)
+    encoded = encode_tokens(memory[positions], codec.tokens, statistics.tokens, codec.rounding, key)
     return {**encoded, "token_positions": positions, "token_weights": kept_weights}
 
 
-def encode_neck(manifest: Manifest, neck: Floats, statistics: Statistics) -> Record:
+def encode_neck(manifest: Manifest, image_id: int, view: int, neck: Floats, statistics: Statistics) -> Record:
     """The stored fields of a sample's neck features (T, C), all of them."""
-    encoded = encode_tokens(neck, manifest.codec.tokens, statistics.neck)
+    codec, key = manifest.codec, (manifest.views.seed, image_id, view, 1)
+    encoded = encode_tokens(neck, codec.tokens, statistics.neck, codec.rounding, key)
     return {NECK_FIELDS[name]: value for name, value in encoded.items()}
 
 
@@ -106,7 +108,7 @@ def stored_neck(record: Record) -> Stored:
 
 def calibrate(manifest: Manifest, memories: Sequence[Floats], necks: Sequence[Floats] = ()) -> dict[str, Floats]:
     """The store's channel statistics, where its codec needs them, from all tokens of CALIBRATION_SAMPLES samples."""
-    if manifest.codec.tokens != "int8":
+    if not manifest.codec.quantised:
         return {}
     if not memories:
         raise UserError(f"none of the first {CALIBRATION_SAMPLES} images could be decoded; check the image folder")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from common.augment import AugmentPolicy
-from common.cache.codec import INT8_STEP_ERROR
+from common.cache.codec import STEP_ERROR
 from common.cache.plan import field_bytes, store_bytes
 from common.cache.reader import CacheReader
 from common.cache.schema import Manifest
@@ -85,12 +85,14 @@ def describe(reader: CacheReader) -> list[str]:
 def fidelity(manifest: Manifest) -> str:
     """What storing may have changed, at most."""
     codec = manifest.codec
-    rounding = {
-        "fp32": "exact",
-        "fp16": "tokens, queries and logits within 2^-11 of each value",
-        "int8": f"tokens within {INT8_STEP_ERROR:.2f} steps (token scale x channel scale), queries and logits within"
-        " 2^-11 of each value",
-    }[codec.tokens]
+    halves = f"{'queries and logits' if codec.queries else 'logits'} within 2^-11 of each value"
+    if codec.quantised:
+        step = f"{STEP_ERROR[codec.rounding]:.3g} steps (token scale x channel scale), rounded to nearest"
+        if codec.rounding == "stochastic":
+            step = step.replace("to nearest", "stochastically: right on average")
+        rounding = f"tokens within {step}; {halves}"
+    else:
+        rounding = "exact" if codec.tokens == "fp32" else f"tokens, {halves}"
     sampling = (
         "all tokens" if codec.keep_tokens == 1 else "tokens drawn by weight, the feature loss exact in expectation"
     )

@@ -18,7 +18,7 @@ from common.cache.storage import TEMPORARY, Folder, locate
 from common.cache.writer import SKIPPED, Record, blank_record, read_skipped, shard_key
 from common.errors import UserError
 from common.runtime import Ranks, log
-from teacher_dump.config import PruneConfig, TranscodeConfig
+from teacher_dump.config import PruneConfig, TranscodeConfig, rounding_of
 from teacher_dump.encode import CALIBRATION_SAMPLES, Statistics, calibrate, encode_neck, read_statistics, stored_neck
 from teacher_dump.job import batches
 from teacher_dump.records import stored_records
@@ -34,7 +34,7 @@ from teacher_dump.store import (
 from teacher_dump.tables import size
 
 ROWS_AT_ONCE = 8
-TOKEN_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+TOKEN_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.5}
 
 
 def run_transcode(config: TranscodeConfig) -> None:
@@ -77,7 +77,7 @@ def run_transcode(config: TranscodeConfig) -> None:
 
 
 def run_prune(config: PruneConfig) -> None:
-    """A store with fewer views or without the neck, which shares the shard files of another.
+    """A store with fewer views, without the neck or the queries, which shares the shard files of another.
 
     UserError if there is nothing to leave out.
     """
@@ -87,10 +87,11 @@ def run_prune(config: PruneConfig) -> None:
     source = CacheReader(config.store)
     there = source.manifest
     views = there.views.views if config.views is None else _fewer_views(there, config.views)
-    codec = replace(there.codec, neck=there.codec.neck and config.neck)
+    codec = replace(there.codec, neck=there.codec.neck and config.neck, queries=there.codec.queries and config.queries)
     if views == there.views.views and codec == there.codec:
         raise UserError(
-            f"expected something to leave out of {old}, by --views below {views} or --no-neck where it is there"
+            f"expected something to leave out of {old}, by --views below {views}, or --no-neck or --no-queries where"
+            " they are there"
         )
     samples = int((source.table.view < views).sum())  # views follow one another
     layout = replace(there.layout, samples=samples)
@@ -124,7 +125,14 @@ def _target(source: CacheReader, config: TranscodeConfig) -> tuple[Manifest, Pla
     """What a dump with the new settings would have planned: the order of the samples stays."""
     there = source.manifest.codec
     keep_tokens = config.keep_tokens or there.keep_tokens
-    codec = CodecInfo(config.tokens or there.tokens, keep_tokens, there.neck and config.neck and keep_tokens == 1)
+    tokens = config.tokens or there.tokens
+    codec = CodecInfo(
+        tokens,
+        keep_tokens,
+        neck=there.neck and config.neck and keep_tokens == 1,
+        rounding=there.rounding if tokens == there.tokens else rounding_of(tokens, config.rounding),
+        queries=there.queries and config.queries,
+    )
     if not 0 < codec.keep_tokens <= 1:
         raise UserError(f"expected --keep-tokens above 0 and at most 1, found {codec.keep_tokens}")
     if there.keep_tokens < 1 and codec.keep_tokens != there.keep_tokens:
@@ -152,9 +160,9 @@ def _target(source: CacheReader, config: TranscodeConfig) -> tuple[Manifest, Pla
 
 
 def _constants(source: CacheReader, manifest: Manifest, blank: set[int]) -> Constants:
-    """The source's constants; with channel statistics of its first samples where the tokens become int8 only now."""
+    """The source's constants; with channel statistics of its first samples where its tokens were not quantised."""
     constants = {name: value.numpy() for name, value in source.constants.items()}
-    if source.manifest.codec.tokens != manifest.codec.tokens:
+    if manifest.codec.quantised and not source.manifest.codec.quantised:
         rows = [row for row in range(min(CALIBRATION_SAMPLES, len(source.table))) if row not in blank]
         records = stored_records(source, rows)
         memories = [decode_tokens({"tokens": record["tokens"]}, None) for record in records]
@@ -181,14 +189,18 @@ def _transcode(
         kept = {name: record[name] for name in ("token_positions", "token_weights") if name in record}
     else:
         table = plan.table
-        key = (here.views.seed, int(table.image_id[row]), int(table.view[row]))
-        positions, weights = draw_tokens(record["token_weights"], int(table.token_count[row]), key)
+        sample = (here.views.seed, int(table.image_id[row]), int(table.view[row]))
+        positions, weights = draw_tokens(record["token_weights"], int(table.token_count[row]), sample)
         tokens = {name: stored[positions] for name, stored in tokens.items()}
         kept = {"token_positions": positions, "token_weights": weights}
     if there.codec.tokens != here.codec.tokens:
-        tokens = encode_tokens(decode_tokens(tokens, statistics.tokens), here.codec.tokens, new_statistics.tokens)
+        image_id, view = int(plan.table.image_id[row]), int(plan.table.view[row])
+        key = (here.views.seed, image_id, view, 0)
+        decoded = decode_tokens(tokens, statistics.tokens)
+        tokens = encode_tokens(decoded, here.codec.tokens, new_statistics.tokens, here.codec.rounding, key)
         if here.codec.neck:
-            tokens |= encode_neck(here, decode_tokens(stored_neck(record), statistics.neck), new_statistics)
+            neck = decode_tokens(stored_neck(record), statistics.neck)
+            tokens |= encode_neck(here, image_id, view, neck, new_statistics)
     return {**record, **tokens, **kept}
 
 

@@ -135,6 +135,14 @@ def test_verify_against_teacher(
     small = tmp_path / "small.zarr"
     assert command("transcode", lossless, small, "--tokens", "int8", "--keep-tokens", "0.5") == 0
     assert command("verify", small, *options) == 0
+    capsys.readouterr()
+    for rounding in ("nearest", "stochastic"):
+        tiny = tmp_path / f"{rounding}.zarr"
+        assert command("transcode", lossless, tiny, "--tokens", "int4", "--rounding", rounding, "--no-queries") == 0
+        assert command("verify", tiny, *options) == 0
+        assert "queries" not in capsys.readouterr().out
+        assert command("inspect", tiny) == 0
+        assert {"nearest": "0.501 steps", "stochastic": "1 steps"}[rounding] in capsys.readouterr().out
     half = tmp_path / "half.zarr"
     assert command("transcode", lossless, half, "--tokens", "fp16") == 0
     assert command("verify", half, *options) == 0
@@ -152,7 +160,13 @@ def test_verify_against_teacher(
 
 @pytest.mark.parametrize(
     "settings",
-    [("--tokens", "int8", "--keep-tokens", "0.3"), ("--tokens", "fp16"), ("--keep-tokens", "0.5"), ("--views", "1")],
+    [
+        ("--tokens", "int8", "--keep-tokens", "0.3"),
+        ("--tokens", "int4", "--keep-tokens", "0.5", "--rounding", "stochastic"),
+        ("--tokens", "fp16"),
+        ("--keep-tokens", "0.5"),
+        ("--views", "1"),
+    ],
     ids=" ".join,
 )
 def test_transcode_equals_a_dump(scenes: Path, lossless: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:

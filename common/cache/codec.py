@@ -1,8 +1,11 @@
-"""How token features are stored: as floats, or as int8 with one scale per token after normalising the channels.
+"""How token features are stored: as floats, or as int8 or int4 with scales after normalising the channels.
 
 The channels of an encoder's memory differ in spread by an order of magnitude; without normalising them first, the
 widest one would set the step for all. Decoding is one multiply-add, q * token_scale * channel_scale + channel_shift,
 which the loss kernel does on the fly.
+
+Scales are rounded up, so that no value is cut off: a decoded value is within half a step of the teacher's when rounded
+to nearest, within one step and right on average when rounded stochastically. A step is token_scale * channel_scale.
 """
 
 from __future__ import annotations
@@ -13,14 +16,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.cache.schema import TokenCodec
+from common.cache.schema import CodecInfo, Rounding, TokenCodec
 
 Floats = npt.NDArray[np.float32]
 Stored = dict[str, npt.NDArray[Any]]
 
-# Worst absolute error of a decoded int8 value, in units of its token's scale times its channel's: half a step of
-# rounding, and what rounding the scale itself to float16 moves the largest value.
-INT8_STEP_ERROR = 0.5 + 127 * 2.0**-11
+LARGEST = {"int8": 127, "int4": 7}  # symmetric around 0
+# Worst absolute error of a decoded value in its own steps; the thousandth is what float32's arithmetic may add.
+STEP_ERROR: dict[Rounding, float] = {"nearest": 0.5 + 2.0**-10, "stochastic": 1.0 + 2.0**-10}
 
 
 @dataclass(frozen=True)
@@ -38,24 +41,75 @@ def measure_channels(tokens: Floats) -> ChannelStatistics:
     return ChannelStatistics(channel_scale=np.where(spread > 0, spread, np.float32(1)), channel_shift=mean)
 
 
-def encode_tokens(tokens: Floats, codec: TokenCodec, statistics: ChannelStatistics | None) -> Stored:
-    """The stored fields of tokens (S, C): `tokens`, and `token_scales` (S, 1) for int8, which needs the statistics."""
+def encode_tokens(
+    tokens: Floats,
+    codec: TokenCodec,
+    statistics: ChannelStatistics | None,
+    rounding: Rounding = "nearest",
+    key: tuple[int, int, int, int] = (0, 0, 0, 0),
+) -> Stored:
+    """The stored fields of tokens (S, C): `tokens`, and `token_scales` for int8 and int4, which need the statistics.
+
+    int8: tokens (S, C), token_scales (S, 1). int4: tokens (S, C/2) uint8, the even channel in the low nibble and the
+    odd one in the high nibble, in two's complement; token_scales (S, G) float16, one for each group of C/G neighbouring
+    channels. key: (seed, image id, view, stream), which alone decides the stochastic rounding.
+    """
     if codec == "fp32":
         return {"tokens": tokens}
     if codec == "fp16":
         return {"tokens": tokens.astype(np.float16)}
-    assert statistics is not None, "int8 needs the channels' statistics"
-    normalised = (tokens - statistics.channel_shift) / statistics.channel_scale
-    largest = np.abs(normalised).max(axis=1, keepdims=True)
-    scales = np.maximum(largest / 127, np.finfo(np.float16).tiny).astype(np.float16)
-    steps = np.rint(normalised / scales.astype(np.float32))
-    return {"tokens": np.clip(steps, -127, 127).astype(np.int8), "token_scales": scales}
+    assert statistics is not None, f"{codec} needs the channels' statistics"
+    samples, channels = tokens.shape
+    groups = CodecInfo(codec, 1.0).scales(channels)
+    normalised = ((tokens - statistics.channel_shift) / statistics.channel_scale).reshape(samples, groups, -1)
+    scales = _round_up(np.abs(normalised).max(axis=2) / LARGEST[codec])
+    steps = (normalised / scales.astype(np.float32)[:, :, None]).reshape(samples, channels)
+    steps = np.rint(steps) if rounding == "nearest" else np.floor(steps + _uniform(steps.shape, key))
+    quantised = np.clip(steps, -LARGEST[codec], LARGEST[codec]).astype(np.int8)
+    return {"tokens": pack_int4(quantised) if codec == "int4" else quantised, "token_scales": scales}
 
 
 def decode_tokens(stored: Stored, statistics: ChannelStatistics | None) -> Floats:
     """Tokens (S, C) float32 from the fields that `encode_tokens` gave."""
-    tokens = stored["tokens"].astype(np.float32)
     if "token_scales" not in stored:
-        return tokens
-    assert statistics is not None, "int8 needs the channels' statistics"
-    return tokens * stored["token_scales"].astype(np.float32) * statistics.channel_scale + statistics.channel_shift
+        return stored["tokens"].astype(np.float32)
+    assert statistics is not None, "int8 and int4 need the channels' statistics"
+    quantised = unpack_int4(stored["tokens"]) if stored["tokens"].dtype == np.uint8 else stored["tokens"]
+    step = token_steps(stored["token_scales"], statistics)
+    return quantised.astype(np.float32) * step + statistics.channel_shift
+
+
+def token_steps(token_scales: npt.NDArray[np.float16], statistics: ChannelStatistics) -> Floats:
+    """The step (S, C) of every stored value, of which `STEP_ERROR` bounds the error."""
+    each = np.repeat(token_scales.astype(np.float32), len(statistics.channel_scale) // token_scales.shape[1], axis=1)
+    return each * statistics.channel_scale
+
+
+def pack_int4(quantised: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
+    """(S, C) values in -8..7 as (S, C/2) bytes."""
+    nibbles = quantised.view(np.uint8) & 15
+    return np.bitwise_or(nibbles[:, ::2], nibbles[:, 1::2] << 4, dtype=np.uint8)
+
+
+def unpack_int4(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.int8]:
+    """What `pack_int4` packed."""
+    nibbles = np.stack([packed & 15, packed >> 4], axis=2).reshape(len(packed), -1).astype(np.int8)
+    return np.where(nibbles > 7, nibbles - 16, nibbles).astype(np.int8)
+
+
+def _round_up(scales: Floats) -> npt.NDArray[np.float16]:
+    """The least float16 that is not below, and neither 0 nor infinite."""
+    limits = np.finfo(np.float16)
+    rounded = np.clip(scales, limits.tiny, limits.max).astype(np.float16)
+    up: npt.NDArray[np.float16] = np.nextafter(rounded, np.float16(limits.max))
+    return np.where(rounded.astype(np.float32) < scales, up, rounded)
+
+
+def _uniform(shape: tuple[int, ...], key: tuple[int, int, int, int]) -> Floats:
+    """Random numbers in [0, 1) from the counter-based generator of Philox: the same from every version of numpy."""
+    seed, image_id, view, stream = key
+    count = int(np.prod(shape))
+    # The generator counts up the first word of its counter, which therefore names no sample.
+    words = np.random.Philox(counter=[0, image_id, view, stream], key=[seed, 1]).random_raw(-(-count // 2))
+    bits = words.astype("<u8").view("<u4")[:count]
+    return ((bits >> 8) * np.float32(2.0**-24)).astype(np.float32).reshape(shape)

@@ -287,7 +287,7 @@ class CacheReader:
             token_weights=read["token_weights"],
             token_offsets=torch.from_numpy(token_offsets),
             level_shapes=torch.from_numpy(self.table.level_shapes[rows].astype(np.int64)),
-            queries=read["queries"],
+            queries=read["queries"] if "queries" in read else _no_queries(self.manifest),
             logits=read["logits"],
             boxes_cxcywh=read["boxes_cxcywh"],
             quality=read["quality"],
@@ -299,6 +299,11 @@ class CacheReader:
             neck_channel_shift=self.constants.get("neck_channel_shift"),
             neck_weights=read.get("neck_weights"),
         )
+
+
+def _no_queries(manifest: Manifest) -> Tensor:
+    teacher = manifest.teacher
+    return torch.empty((0, teacher.layers, teacher.queries, teacher.channels), dtype=torch.float16)
 
 
 def read_manifest(store: Location) -> Manifest:

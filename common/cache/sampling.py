@@ -29,7 +29,8 @@ def inclusion_probabilities(weights: npt.NDArray[np.float32], kept: int) -> npt.
     certain = np.arange(kept)
     scale = (kept - certain) / others[:kept]
     m = int(np.argmax(scale * descending[:kept] <= 1 + 1e-12))
-    return np.minimum(1.0, weights * scale[m])
+    probabilities: npt.NDArray[np.float64] = np.minimum(1.0, weights * scale[m])
+    return probabilities
 
 
 def draw_tokens(
