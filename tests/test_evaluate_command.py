@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import detr_oracle
 import pytest
 import torch
 
+from common.coco import load_annotations
+from common.detr.categories import Categories
+from common.detr.config import DetectorConfig
 from common.detr.detector import DeformableDetr
 from common.detr.presets import PRESETS
 from common.detr.weights import load_detector, save_detector
 from common.errors import UserError
 from common.synthetic import draw_data_set
-from student_train.__main__ import evaluate
+from student_train.__main__ import evaluate, export
 from student_train.compare import read_run, table
 
 
@@ -51,3 +55,29 @@ def test_the_result_is_noted_as_a_run(folder: Path, tmp_path: Path, capsys: pyte
     (tmp_path / "teacher" / "run.json").write_text('{"config": {}}')
     with pytest.raises(UserError, match="holds a training run"):
         run(folder, tmp_path / "nothing.pth", "--record", tmp_path / "teacher")
+
+
+def test_every_layout_is_evaluated_alike(folder: Path, tmp_path: Path) -> None:
+    """One detector on a ResNet-18 as our file, transformers' folder, MMDetection's and the official file, the last with
+    an output for each category id: `evaluate` finds the same detections in all (scores within 1e-5)."""
+    config = DetectorConfig("resnet18", 7, width=32, encoder_layers=1, decoder_layers=2, queries=12, feedforward=32)
+    annotations = load_annotations(folder / "scenes", "val2017")
+    detector = DeformableDetr(config)
+    detr_oracle.randomise(detector)
+    categories = Categories(annotations.category_ids, annotations.class_names)
+    save_detector(tmp_path / "own.safetensors", detector, categories.to_metadata())
+    found = {}
+    for layout in ("own", "transformers", "mmdet", "official"):
+        path = tmp_path / (layout if layout == "transformers" else f"{layout}.pth")
+        if layout == "own":
+            path = tmp_path / "own.safetensors"
+        else:
+            export(["--checkpoint", str(tmp_path / "own.safetensors"), "--to", layout, "--out", str(path)])
+        run(folder, path, "--detections", tmp_path / f"{layout}.json")
+        found[layout] = json.loads((tmp_path / f"{layout}.json").read_text())
+    for layout, detections in found.items():
+        assert len(detections) == len(found["own"]) > 0
+        for ours, theirs in zip(found["own"], detections, strict=True):
+            assert theirs["score"] == pytest.approx(ours["score"], abs=1e-5), layout
+            assert (theirs["image_id"], theirs["category_id"]) == (ours["image_id"], ours["category_id"]), layout
+            assert theirs["bbox"] == pytest.approx(ours["bbox"], abs=1e-3)
