@@ -18,6 +18,7 @@ from common.detr.detector import DeformableDetr
 from common.errors import UserError
 from common.evaluate import DETECTIONS_PER_IMAGE
 from common.images import PADDING_MULTIPLE, normalise
+from common.runtime import log
 from student_train.checkpoint import write_atomically
 
 INPUTS = ("images", "padding_mask", "sizes")
@@ -84,6 +85,7 @@ def to_onnx(
         samples, rows, columns = (torch.export.Dim(name, min=1) for name in ("batch", "rows", "columns"))
         high, wide = PADDING_MULTIPLE * rows, PADDING_MULTIPLE * columns
         shapes = ({0: samples, 2: high, 3: wide}, {0: samples, 1: high, 2: wide}, {0: samples})
+    log.info("tracing the detector, which takes a minute or two at full size")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's notes on itself
         logging.getLogger("onnxscript").setLevel(logging.ERROR)
