@@ -29,11 +29,15 @@ def load_image(path: Path, expected_size: tuple[int, int] | None = None) -> Tens
     That is how COCO's boxes were drawn and how the official code reads them. Raises UserError, naming the file, where
     it is missing, broken, or not of the expected (width, height).
     """
+    return decode_image(read_image(path), str(path), expected_size)
+
+
+def read_image(path: Path) -> bytes:
+    """The bytes of an image file. UserError where it is missing."""
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"expected an image at {path}: {error.strerror}") from None
-    return _decode(data, str(path), expected_size)
 
 
 def normalise(image: Tensor) -> Tensor:
@@ -63,7 +67,7 @@ def pixel_fingerprint() -> str:
     Two installations with the same fingerprint replay the same pixels. Where it differs, their decoders or resamplers
     do, and a student would be given pixels that the teacher did not see.
     """
-    image = _decode(base64.b64decode(_FINGERPRINT_JPEG), "the built-in image", (56, 40))
+    image = decode_image(base64.b64decode(_FINGERPRINT_JPEG), "the built-in image", (56, 40))
     digest = hashlib.sha256()
     for augmentation in _FINGERPRINT_VIEWS:
         pixels = apply_image(image, augmentation)
@@ -72,7 +76,8 @@ def pixel_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def _decode(data: bytes, name: str, expected_size: tuple[int, int] | None) -> Tensor:
+def decode_image(data: bytes, name: str, expected_size: tuple[int, int] | None) -> Tensor:
+    """`load_image` for the bytes of a file; name: of the file, for the error."""
     # Pillow, as the official code: torchvision's decoders are on their way out (deprecated in 0.29).
     try:
         with Image.open(io.BytesIO(data)) as file:

@@ -47,16 +47,24 @@ def match_levels(teacher_strides: Tensor, student_strides: Sequence[float]) -> T
     return nearest.where(distance <= MATCH_OCTAVES + 1e-9, -1)
 
 
-def token_places(positions: Tensor, samples: Tensor, level_shapes: Tensor, level_strides: Tensor) -> TokenPlaces:
-    """Level and centre of tokens, given as positions (S,) in the T of their samples (S,).
+def token_cells(positions: Tensor, samples: Tensor, level_shapes: Tensor) -> tuple[Tensor, Tensor]:
+    """Level (S,) and cell (S, 2), row and column, of tokens given as positions (S,) in the T of their samples (S,).
 
-    level_shapes: (B, levels, 2) int64. level_strides: (B, levels, 2) float, pixels of the sample from token to token.
+    level_shapes: (B, levels, 2) int64.
     """
     ends = level_shapes.prod(dim=-1).cumsum(dim=-1)  # (B, levels)
     level = (positions.unsqueeze(1) >= ends[samples]).sum(dim=1)
     within = positions - (ends - level_shapes.prod(dim=-1))[samples, level]
     width = level_shapes[samples, level, 1]
-    cells = torch.stack((within.div(width, rounding_mode="floor"), within % width), dim=-1)
+    return level, torch.stack((within.div(width, rounding_mode="floor"), within % width), dim=-1)
+
+
+def token_places(positions: Tensor, samples: Tensor, level_shapes: Tensor, level_strides: Tensor) -> TokenPlaces:
+    """Level and centre of tokens, given as positions (S,) in the T of their samples (S,).
+
+    level_shapes: (B, levels, 2) int64. level_strides: (B, levels, 2) float, pixels of the sample from token to token.
+    """
+    level, cells = token_cells(positions, samples, level_shapes)
     return TokenPlaces(level, (cells + 0.5) * level_strides[samples, level])
 
 

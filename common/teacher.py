@@ -132,19 +132,35 @@ def detector_teacher(
     )
 
 
-@torch.no_grad()  # not inference_mode: a live teacher's tokens become part of the student's graph
 def run_detector(model: DeformableDetr, columns: Sequence[int], images: Sequence[Tensor]) -> TeacherOutput:
-    """A detector's output for B normalised images (3, h, w), in one batch padded to the largest.
+    """A detector's output for B normalised images (3, h, w), in one batch padded to the largest. See detector_output.
 
-    columns: the model's output for each class of the data set. What a detector says of a sample depends, in the last
-    bits and at the borders of the image, on what else is in the batch: on the padding, and on the order of additions.
+    What a detector says of a sample depends, in the last bits and at the borders of the image, on what else is in the
+    batch: on the padding, and on the order of additions.
     """
     device = next(model.parameters()).device
     nothing = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
     batch = collate([(image, nothing) for image in images])
-    output = model(batch.images.to(device), batch.padding_mask.to(device))
-    own = [level_shapes(int(image.shape[1]), int(image.shape[2]), model.strides) for image in images]
-    positions = [token_positions_in_batch(grid, output.level_shapes).to(device) for grid in own]
+    sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]
+    return detector_output(model, columns, batch.images.to(device), batch.padding_mask.to(device), sizes)
+
+
+@torch.no_grad()  # not inference_mode: a live teacher's tokens become part of the student's graph
+def detector_output(
+    model: DeformableDetr,
+    columns: Sequence[int],
+    images: Tensor,
+    padding_mask: Tensor,
+    sizes: Sequence[tuple[int, int]],
+) -> TeacherOutput:
+    """A detector's output for a padded batch, each sample's tokens without the padding's.
+
+    columns: the model's output for each class of the data set. images: (B, 3, H, W), padding_mask: (B, H, W) bool.
+    sizes: (height, width) of each sample.
+    """
+    output = model(images, padding_mask)
+    grids = [level_shapes(height, width, model.strides) for height, width in sizes]
+    positions = [token_positions_in_batch(grid, output.level_shapes).to(images.device) for grid in grids]
     return TeacherOutput(
         memory=[tokens[position] for tokens, position in zip(output.memory, positions, strict=True)],
         queries=output.queries,

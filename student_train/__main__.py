@@ -1,4 +1,4 @@
-"""python -m student_train [train] | evaluate | export | compare | picture: phase two on the command line."""
+"""python -m student_train [train] | sweep | evaluate | export | compare | picture: phase two on the command line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-from common.augment import evaluation_policy, policy_of_sizes
 from common.coco import check_images, load_annotations
 from common.detr.weights import load_detector
 from common.errors import run_command
@@ -14,16 +13,30 @@ from common.evaluate import write_results
 from common.runtime import choose_device, log, read_ranks, start_logging
 from student_train import loop
 from student_train.compare import draw_curves, read_run, table
-from student_train.config import CompareConfig, EvaluateConfig, ExportConfig, PictureConfig, TrainConfig, parse
-from student_train.evaluate import average_precision, detect_split
+from student_train.config import (
+    CompareConfig,
+    EvaluateConfig,
+    ExportConfig,
+    PictureConfig,
+    SweepConfig,
+    parse,
+    parse_train,
+)
+from student_train.evaluate import average_precision, detect_split, saved_policy
 from student_train.export import export as write_export
+from student_train.interruption import Interrupted
 from student_train.picture import draw_detections
 from student_train.run_folder import check_free_of_runs, record_evaluation
+from student_train.sweep import sweep as run_sweep
 
 
 def train(arguments: list[str]) -> None:
     """Train a student; the last line on stdout is its AP."""
-    metrics = loop.train(parse(TrainConfig, arguments, "python -m student_train"))
+    try:
+        metrics = loop.train(parse_train(arguments))
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_status)
     if read_ranks().is_first:
         print(metrics)
 
@@ -40,7 +53,7 @@ def evaluate(arguments: list[str]) -> None:
     detector, report = load_detector(config.checkpoint, category_ids=annotations.category_ids)
     for line in report.lines():
         log.info(line)
-    policy = evaluation_policy(policy_of_sizes(config.sizes))
+    policy = saved_policy(config.checkpoint, config.sizes)
     results = detect_split(
         detector.to(device), annotations, policy, batch_size=config.batch_size, workers=config.workers
     )
@@ -53,6 +66,15 @@ def evaluate(arguments: list[str]) -> None:
     for name, ap in metrics.class_ap.items():
         log.info(f"{100 * ap:5.1f}  {name}")
     print(metrics)
+
+
+def sweep(arguments: list[str]) -> None:
+    """Do the runs of a list, and print the table of them."""
+    config = parse(SweepConfig, arguments, "python -m student_train sweep")
+    start_logging()
+    folders = run_sweep(config)
+    if not config.dry_run:
+        print(table([read_run(folder) for folder in folders]))
 
 
 def export(arguments: list[str]) -> None:
@@ -82,7 +104,7 @@ def picture(arguments: list[str]) -> None:
     results = {}
     for checkpoint in config.checkpoints:
         detector, _ = load_detector(checkpoint, category_ids=annotations.category_ids)
-        policy = evaluation_policy(policy_of_sizes(config.sizes))
+        policy = saved_policy(checkpoint, config.sizes)
         name = checkpoint.parent.name or checkpoint.name
         results[name] = detect_split(detector.to(device), shown, policy, batch_size=1, workers=1)
     draw_detections(shown, results, config.out, config.min_score)
@@ -92,6 +114,7 @@ def picture(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
+    "sweep": sweep,
     "export": export,
     "compare": compare,
     "picture": picture,

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import tyro
 
 from common.errors import UserError
+from student_train.recipe import configured, read_recipe, recipe_of
 from student_train.students import student_named
 
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+OptionalStore = Annotated[str | None, tyro.conf.arg(metavar="STORE", help_behavior_hint="")]
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 OptionalInts = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...", help_behavior_hint="")]
 OptionalName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 Config = TypeVar("Config")
 
+MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+RECIPE_BATCH_SIZE = 32  # for which the learning rate is meant
+
 
 @dataclass(frozen=True)
 class DataOptions:
-    cache: OptionalPath = None
-    """Store written by teacher_dump. Without one the student is trained plainly, on views drawn afresh each epoch."""
+    cache: OptionalStore = None
+    """Store written by teacher_dump, a folder or a bucket's URL. Without one the student is trained plainly, on views
+    drawn afresh each epoch."""
+    local_cache: OptionalPath = None
+    """Folder for copies of a bucket's store, which then is fetched once."""
+    on_corrupt: Literal["raise", "skip"] = "raise"
+    """What to do about damaged records: stop, or train on other samples instead and list them."""
     data: Path = Path("data/coco")
     """Folder in COCO's layout: annotations/instances_SPLIT.json and SPLIT/*.jpg."""
     split: str = "train2017"
@@ -33,11 +43,11 @@ class DataOptions:
     """Short sides in pixels to draw from, instead of Deformable DETR's 480, 512, ... 800; no crops then. A cache
     brings its own augmentation."""
     skip_broken: bool = False
-    """Go on without images that cannot be decoded, and list them."""
+    """Train on other samples in the place of images that cannot be decoded, and list them."""
     workers: int = 4
     """Threads that decode images and replay their augmentation."""
     prefetch: int = 3
-    """Batches prepared ahead of the step."""
+    """Steps prepared ahead."""
 
 
 @dataclass(frozen=True)
@@ -64,20 +74,71 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class LossWeights:
+    """What each distillation loss is multiplied by; one of weight 0 is not computed."""
+
+    logits: float
+    features: float
+    assignment: float
+    contrastive: float
+    fgd: float
+
+
+Mode = Literal["paper", "released"]
+MODE_WEIGHTS: dict[Mode, LossWeights] = {
+    "paper": LossWeights(logits=1, features=20, assignment=1, contrastive=0, fgd=0),
+    "released": LossWeights(logits=1, features=1, assignment=1, contrastive=0.2, fgd=0),
+}
+
+
+@dataclass(frozen=True)
 class DistillationOptions:
-    mode: Literal["paper", "released"] = "paper"
+    mode: Mode = "paper"
     """What the article describes, or what its authors' code computes (docs/losses.md)."""
-    logits_weight: float = 1.0
-    """Hungarian-matching logits distillation."""
-    feature_weight: float = 20.0
-    """Target-aware feature distillation."""
-    assignment_weight: float = 1.0
-    """Query-prior assignment distillation."""
+    logits_weight: OptionalFloat = None
+    """Hungarian-matching logits distillation. (default: 1)"""
+    feature_weight: OptionalFloat = None
+    """Target-aware feature distillation. (default: paper 20, released 1)"""
+    assignment_weight: OptionalFloat = None
+    """Query-prior assignment distillation. (default: 1)"""
+    contrastive_weight: OptionalFloat = None
+    """Contrastive loss between matched queries. (default: paper 0, released 0.2)"""
+    fgd_weight: OptionalFloat = None
+    """FGD, focal and global distillation of the neck's features. (default: 0)"""
+    live_teacher: OptionalPath = None
+    """For comparison only: run this teacher beside the student instead of reading its targets from the cache."""
+
+    @property
+    def weights(self) -> LossWeights:
+        """The weights as given, the mode's where they were not."""
+        usual = MODE_WEIGHTS[self.mode]
+        given = {
+            "logits": self.logits_weight,
+            "features": self.feature_weight,
+            "assignment": self.assignment_weight,
+            "contrastive": self.contrastive_weight,
+            "fgd": self.fgd_weight,
+        }
+        return replace(usual, **{name: weight for name, weight in given.items() if weight is not None})
+
+    @property
+    def needs_memory(self) -> bool:
+        """Whether a loss compares encoder outputs."""
+        return self.mode == "paper" and self.weights.features > 0
+
+    @property
+    def needs_neck(self) -> bool:
+        """Whether a loss compares encoder inputs."""
+        return self.weights.fgd > 0 or (self.mode == "released" and self.weights.features > 0)
+
+    def without_losses(self) -> DistillationOptions:
+        """All weights 0: plain training."""
+        return DistillationOptions(self.mode, 0.0, 0.0, 0.0, 0.0, 0.0)
 
     @property
     def active(self) -> bool:
-        """Whether any loss needs the cached targets. With all weights 0, training is the plain baseline."""
-        return any((self.logits_weight, self.feature_weight, self.assignment_weight))
+        """Whether any loss needs the teacher's targets. With all weights 0, training is the plain baseline."""
+        return any(vars(self.weights).values())
 
 
 @dataclass(frozen=True)
@@ -90,6 +151,8 @@ class OptimisationOptions:
     """Images of one step, over all processes. The recipe's is 32. At full size an image takes about 3 GB."""
     lr: float = 2e-4
     """Learning rate of AdamW; the recipe's, for 32 images a step."""
+    scale_lr: bool = False
+    """Multiply the learning rate by batch size / 32."""
     backbone_lr_factor: OptionalFloat = None
     """Factor on the backbone's learning rate. (default: 0.1 with ImageNet weights, 1 without)"""
     weight_decay: float = 1e-4
@@ -102,8 +165,27 @@ class OptimisationOptions:
     """Epochs before the learning rate drops."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises from 0."""
+    ema: OptionalFloat = None
+    """Evaluate and save the moving average of the weights, of this decay, e.g. 0.9997."""
     seed: int = 0
     """Of the initial weights, the order of the samples and, without a cache, the views."""
+
+    @property
+    def scaled_lr(self) -> float:
+        """The learning rate that is used."""
+        return self.lr * self.batch_size / RECIPE_BATCH_SIZE if self.scale_lr else self.lr
+
+
+@dataclass(frozen=True)
+class SpeedOptions:
+    accumulate: int = 1
+    """Parts that the images of a step go through the student in, one after another: less memory, the same gradient."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Automatic mixed precision."""
+    compile: bool = False
+    """torch.compile the student: slower at first, faster later."""
+    similar_sizes: bool = True
+    """Images of similar size share a step, which saves padding."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +195,14 @@ class OutputOptions:
     name: OptionalName = None
     """Name of this run's folder. (default: student, date and time)"""
     resume: bool = False
-    """Go on with the run of this name from its last checkpoint."""
+    """Go on with the run of this name from its last checkpoint. (After Ctrl-C, exit status 130, or SIGTERM, 143, the
+    run has saved itself: --config runs/NAME/run.json --resume.)"""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; there is one after each epoch, too. 0: only those."""
+    keep: int = 2
+    """Newest checkpoints to keep, beside the best student."""
+    log_every: int = 50
+    """Steps between lines of the log; 0 for none."""
     eval_every: int = 1
     """Epochs between evaluations; 0 evaluates at the end only."""
     device: str = "auto"
@@ -129,6 +218,9 @@ class TrainConfig:
     distillation: DistillationOptions = field(default_factory=DistillationOptions)
     optimisation: OptimisationOptions = field(default_factory=OptimisationOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
+    speed: SpeedOptions = field(default_factory=SpeedOptions)
+    recipe: Annotated[Path | None, tyro.conf.arg(name="config", metavar="FILE", help_behavior_hint="")] = None
+    """Read these options from a TOML file, or from run.json of an earlier run; flags go before it."""
 
     def __post_init__(self) -> None:
         data, distillation, optimisation = self.data, self.distillation, self.optimisation
@@ -138,16 +230,24 @@ class TrainConfig:
             (optimisation.epochs, "--epochs", 1),
             (1 if optimisation.max_steps is None else optimisation.max_steps, "--max-steps", 1),
             (optimisation.batch_size, "--batch-size", 1),
+            (self.speed.accumulate, "--accumulate", 1),
             (optimisation.warmup_steps, "--warmup-steps", 0),
             (optimisation.lr, "--lr", 0),
             (optimisation.clip, "--clip", 0),
-            (distillation.logits_weight, "--logits-weight", 0),
-            (distillation.feature_weight, "--feature-weight", 0),
-            (distillation.assignment_weight, "--assignment-weight", 0),
+            (distillation.weights.logits, "--logits-weight", 0),
+            (distillation.weights.features, "--feature-weight", 0),
+            (distillation.weights.assignment, "--assignment-weight", 0),
+            (distillation.weights.contrastive, "--contrastive-weight", 0),
+            (distillation.weights.fgd, "--fgd-weight", 0),
             (self.output.eval_every, "--eval-every", 0),
+            (self.output.checkpoint_every, "--checkpoint-every", 0),
+            (self.output.keep, "--keep", 1),
+            (self.output.log_every, "--log-every", 0),
         ):
             if not value >= least:
                 raise UserError(f"expected {flag} of {least} or more, found {value}")
+        if optimisation.ema is not None and not 0 < optimisation.ema < 1:
+            raise UserError(f"expected --ema between 0 and 1, such as 0.9997, found {optimisation.ema}")
         student_named(self.model.student)
 
 
@@ -162,7 +262,7 @@ class EvaluateConfig:
     split: str = "val2017"
     """Split to evaluate on."""
     sizes: OptionalInts = None
-    """The short sides that training drew from: images are evaluated at the largest. (default: 800)"""
+    """The short sides that training drew from: images are evaluated at the largest. (default: as its file says)"""
     batch_size: int = 4
     """Images of one forward pass."""
     workers: int = 4
@@ -173,6 +273,23 @@ class EvaluateConfig:
     """Also note the result in this folder, as a run that `compare` shows beside others."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Many runs from one list: a TOML file of [[run]] tables, each with a name and any options of a training by the
+    names of their flags, and [defaults] for all. Finished runs are skipped, interrupted ones go on."""
+
+    file: tyro.conf.Positional[Path]
+    """The list of runs."""
+    parallel: int = 1
+    """Runs at a time, each on a GPU of its own while there are enough, with its output in log.txt in its folder."""
+    dry_run: bool = False
+    """Only say what would be done."""
+
+    def __post_init__(self) -> None:
+        if self.parallel < 1:
+            raise UserError(f"expected --parallel of 1 or more, found {self.parallel}")
 
 
 @dataclass(frozen=True)
@@ -196,7 +313,7 @@ class PictureConfig:
     split: str = "val2017"
     """Split to take the images from."""
     sizes: OptionalInts = None
-    """The short sides that training drew from: images are shown to the detectors at the largest. (default: 800)"""
+    """The short sides that training drew from: images are shown at the largest. (default: as their files say)"""
     images: int = 6
     """How many of the split's images, from the first on."""
     min_score: float = 0.3
@@ -223,11 +340,22 @@ class ExportConfig:
     split: str = "val2017"
     """Split of --data whose annotations to read."""
     sizes: OptionalInts = None
-    """The short sides that training drew from: the export is told to resize to the largest. (default: 800)"""
+    """The short sides that training drew from: the export is told to resize to the largest. (default: as its file
+    says)"""
     image_size: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="HEIGHT WIDTH", help_behavior_hint="")] = None
     """onnx: take one image of this padded size, instead of any number of any size."""
 
 
 def parse(config: type[Config], arguments: list[str], prog: str) -> Config:
     """Read the command line. A mistake in it ends the process with status 2 and the nearest option's name."""
-    return tyro.cli(config, args=arguments, prog=prog, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+    return tyro.cli(config, args=arguments, prog=prog, config=MARKERS)
+
+
+def parse_train(arguments: list[str]) -> TrainConfig:
+    """Read the command line of a training and, before it, the recipe that it names. UserError for a mistake in that."""
+    defaults, recipe = TrainConfig(), recipe_of(arguments)
+    if recipe is not None:
+        values = read_recipe(recipe, resume="--resume" in arguments)
+        defaults = configured(defaults, values, str(recipe))
+    prog = "python -m student_train"
+    return tyro.cli(TrainConfig, args=arguments, prog=prog, default=defaults, config=MARKERS)

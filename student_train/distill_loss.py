@@ -1,4 +1,4 @@
-"""The distillation losses of DETRDistill (arXiv 2211.10156), as pure functions of the student's output and the cache.
+"""Hungarian-matching logits distillation of DETRDistill (arXiv 2211.10156), a pure function of output and cache.
 
 Two modes: `paper` follows the article, `released` the authors' published code; they differ in what is matched with
 what. A teacher's decoder layers are first mapped to the student's (`map_layers`), so that L below is the student's.
@@ -6,21 +6,18 @@ what. A teacher's decoder layers are first mapped to the student's (`map_layers`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from common.boxes import clip, cxcywh_to_xyxy, xyxy_to_cxcywh
-from common.geometry import token_positions_in_batch
 from common.matching import BoxWeights, box_cost, finite_cost, pairs_of, queries_of_boxes
-from common.records import CachedBatch, LevelShapes
-from common.resampling import bilinear_corners, match_levels, token_places, valid_shapes
+from common.records import CachedBatch
 from common.runtime import mean_over_ranks
-from kernels import cached_feature_loss, hungarian, hungarian_start
+from kernels import hungarian, hungarian_start
 from student_train.set_loss import box_losses, queries_at
 from student_train.step_counts import StepCounts
 
@@ -32,11 +29,13 @@ class TeacherQueries:
     """Some of the teacher's predictions, as the columns N of a matching.
 
     logits: (B, L, N, K) before the sigmoid. boxes_cxcywh: (B, L, N, 4). valid: (B, L, N) bool, False where padded.
+    index: (B, L, N) int64, which of the teacher's Q queries each is.
     """
 
     logits: Tensor
     boxes_cxcywh: Tensor
     valid: Tensor
+    index: Tensor
 
 
 def map_layers(student_layers: int, teacher_layers: int) -> list[int]:
@@ -59,23 +58,30 @@ def at_student_layers(cached: CachedBatch, layers: int) -> CachedBatch:
 def positive_queries(cached: CachedBatch, boxes: int) -> TeacherQueries:
     """`paper`: the queries that the teacher's own matching gave a box, one column for each of G = `boxes`."""
     matched = queries_of_boxes(cached.assignment, boxes)
-    return TeacherQueries(_gather(cached.logits, matched), _gather(cached.boxes_cxcywh, matched), matched >= 0)
+    index, valid = matched.clamp(min=0), matched >= 0
+    return TeacherQueries(_gather(cached.logits, index), _gather(cached.boxes_cxcywh, index), valid, index)
 
 
 def negative_queries(cached: CachedBatch) -> TeacherQueries:
     """`paper`: the other queries, in columns of all Q."""
-    return TeacherQueries(cached.logits, cached.boxes_cxcywh.float(), cached.assignment < 0)
+    return TeacherQueries(cached.logits, cached.boxes_cxcywh.float(), cached.assignment < 0, _own_index(cached))
 
 
 def all_queries(cached: CachedBatch) -> TeacherQueries:
     """`released`: every query of the teacher, its box cut at the borders of the image."""
     boxes_cxcywh = xyxy_to_cxcywh(clip(cxcywh_to_xyxy(cached.boxes_cxcywh.float()), 1.0, 1.0))
-    return TeacherQueries(cached.logits, boxes_cxcywh, torch.ones_like(cached.assignment, dtype=torch.bool))
+    valid = torch.ones_like(cached.assignment, dtype=torch.bool)
+    return TeacherQueries(cached.logits, boxes_cxcywh, valid, _own_index(cached))
+
+
+def _own_index(cached: CachedBatch) -> Tensor:
+    queries = cached.assignment.shape[2]
+    return torch.arange(queries, device=cached.assignment.device).expand_as(cached.assignment)
 
 
 def _gather(values: Tensor, index: Tensor) -> Tensor:
-    """Rows (B, L, N, ...) of values (B, L, Q, ...) at index (B, L, N); the first row where the index is -1."""
-    index = index.clamp(min=0).unsqueeze(-1).expand(*index.shape, values.shape[-1])
+    """Rows (B, L, N, ...) of values (B, L, Q, ...) at index (B, L, N)."""
+    index = index.unsqueeze(-1).expand(*index.shape, values.shape[-1])
     return values.gather(2, index).float()
 
 
@@ -112,6 +118,17 @@ def pair_counts(matched: Tensor) -> Tensor:
     return mean_over_ranks((matched >= 0).sum(dim=(0, 2)).float()).clamp(min=1)
 
 
+def match_queries(
+    logits: Tensor, boxes_cxcywh: Tensor, cached: CachedBatch, boxes: int, mode: Literal["paper", "released"]
+) -> tuple[TeacherQueries, Tensor]:
+    """The teacher's queries that are distilled in class and box, and the student's query (B, L, N) of each, or -1.
+
+    `paper`: those that have a ground-truth box. `released`: all. Arguments as in `logits_losses`.
+    """
+    teacher = positive_queries(cached, boxes) if mode == "paper" else all_queries(cached)
+    return teacher, hungarian(soft_cost(logits, boxes_cxcywh, teacher), column_mask=teacher.valid)
+
+
 # The losses ----------------------------------------------------------------------------------------------------------
 
 
@@ -122,6 +139,7 @@ def logits_losses(
     boxes: int,
     mode: Literal["paper", "released"],
     step: StepCounts | None = None,
+    found: tuple[TeacherQueries, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Hungarian-matching logits distillation (arXiv 2211.10156, section 3.1): `class`, `box` and, in `paper`, `place`.
 
@@ -133,9 +151,9 @@ def logits_losses(
     logits: (B, L, Q, K) before the sigmoid. boxes_cxcywh: (B, L, Q, 4) in 0..1. cached: at the student's L layers,
     with any number of queries. boxes: the largest count of ground-truth boxes, which may be 0. Each term is summed
     over layers, within a layer divided by its number of pairs: the step's where `step` is given, else the batch's.
+    found: of `match_queries`, where it is known already.
     """
-    teacher = positive_queries(cached, boxes) if mode == "paper" else all_queries(cached)
-    matched = hungarian(soft_cost(logits, boxes_cxcywh, teacher), column_mask=teacher.valid)
+    teacher, matched = found or match_queries(logits, boxes_cxcywh, cached, boxes, mode)
     if mode == "paper":
         negatives = negative_queries(cached)
         matching = hungarian_start(
@@ -187,82 +205,3 @@ def soft_box_loss(
     target_boxes_cxcywh = teacher.boxes_cxcywh[pairs.sample, pairs.layer, pairs.box]
     l1, giou = box_losses(queries_at(boxes_cxcywh.float(), pairs), target_boxes_cxcywh)
     return ((weights.l1 * l1 + weights.giou * giou) / counts[pairs.layer]).sum()
-
-
-def same_levels(cached: CachedBatch, strides: Sequence[int]) -> bool:
-    """Whether the student's levels, of these strides, are the teacher's, so that both have the same tokens."""
-    if cached.level_strides is None:
-        return True
-    own = cached.level_strides.new_tensor(strides).unsqueeze(1).expand(-1, 2)
-    return cached.level_strides.shape[1:] == own.shape and bool((cached.level_strides == own).all())
-
-
-def feature_loss(tokens: Tensor, level_shapes: LevelShapes, cached: CachedBatch) -> Tensor:
-    """Target-aware feature distillation: mean over samples, their tokens and channels of W(t) (F_T(t) - F_S(t))^2.
-
-    W = sum over decoder layers of the squared weight maps (arXiv 2211.10156, section 3.2), computed in phase one. Where
-    the cache keeps only some tokens, their weights W / pi make the sum an unbiased estimate of the one over all.
-
-    tokens: (B, T, C) of the student, in the teacher's width. level_shapes: of the padded batch.
-    """
-    samples = len(cached.token_offsets) - 1
-    grids = cached.level_shapes.tolist()
-    sizes = [sum(height * width for height, width in grid) for grid in grids]
-    kept = cached.token_offsets.diff()
-    positions = [
-        token_positions_in_batch([(height, width) for height, width in grid], level_shapes).to(tokens.device)
-        for grid in grids
-    ]
-    starts = torch.tensor([0, *sizes[:-1]], device=tokens.device).cumsum(0)
-    sample_of_token = torch.repeat_interleave(torch.arange(samples, device=tokens.device), kept)
-    padded_positions = torch.cat(positions)[starts[sample_of_token] + cached.token_positions]
-    scale = 1.0 / (torch.tensor(sizes, device=tokens.device, dtype=torch.float32) * tokens.shape[-1] * samples)
-    return cached_feature_loss(
-        tokens,
-        cached.tokens,
-        padded_positions,
-        cached.token_weights * scale[sample_of_token],
-        cached.token_offsets,
-        scales=cached.token_scales,
-        channel_scale=cached.channel_scale,
-        channel_shift=cached.channel_shift,
-    )
-
-
-def resampled_feature_loss(
-    tokens: Tensor, level_shapes: LevelShapes, token_mask: Tensor, strides: Sequence[int], cached: CachedBatch
-) -> Tensor:
-    """`feature_loss` for a teacher whose feature grids are not the student's.
-
-    Every teacher level is matched with the student's level of nearest stride, relative to the sample; tokens of levels
-    without one are left out of sum and mean. The student's features are interpolated at the teacher's token centres.
-
-    tokens: (B, T, C) of the student, in the teacher's width. level_shapes: of the padded batch. token_mask: (B, T) True
-    where padded. strides: of the student's levels.
-    """
-    assert cached.level_strides is not None
-    samples, device = len(cached.token_offsets) - 1, tokens.device
-    sample = torch.repeat_interleave(torch.arange(samples, device=device), cached.token_offsets.diff())
-    matched = match_levels(cached.level_strides, strides)  # (B, teacher levels)
-    places = token_places(cached.token_positions, sample, cached.level_shapes, cached.level_strides)
-    level = matched[sample, places.level]
-    filled = valid_shapes(token_mask, level_shapes)[sample, level.clamp(min=0)]
-    corners = bilinear_corners(places.centres_px, level.clamp(min=0), strides, level_shapes, filled)
-    interpolated = embedding_bag(
-        corners.indices + tokens.shape[1] * sample.unsqueeze(1),
-        tokens.flatten(0, 1),
-        per_sample_weights=corners.weights.to(tokens.dtype),
-        mode="sum",
-    )
-    counted = (cached.level_shapes.prod(dim=-1) * (matched >= 0)).sum(dim=1)
-    scale = (level >= 0) / (counted.clamp(min=1)[sample] * tokens.shape[-1] * samples)
-    return cached_feature_loss(
-        interpolated.unsqueeze(0),
-        cached.tokens,
-        torch.arange(len(sample), device=device),
-        cached.token_weights * scale,
-        torch.tensor([0, len(sample)], device=device),
-        scales=cached.token_scales,
-        channel_scale=cached.channel_scale,
-        channel_shift=cached.channel_shift,
-    )

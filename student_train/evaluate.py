@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from common.ahead import map_ahead
-from common.augment import AugmentPolicy, draw
+from common.augment import AugmentPolicy, draw, evaluation_policy, policy_of_sizes
 from common.coco import Annotations
 from common.detr.detector import DeformableDetr
 from common.evaluate import CocoMetrics, Result, coco_ap, coco_results, detect, load_ground_truth
@@ -19,6 +23,19 @@ from common.images import collate
 from common.records import Batch
 from common.runtime import Ranks
 from student_train.feed import Sample, batch_to, replay
+
+POLICY_KEY = "evaluation_policy"  # in the metadata of a student's file: how its images were resized
+
+
+def saved_policy(checkpoint: Path, sizes: tuple[int, ...] | None) -> AugmentPolicy:
+    """How to resize images for a checkpoint: as for `sizes` where they are given, else as the file says, else as
+    training does by default."""
+    if sizes is None and checkpoint.suffix == ".safetensors" and checkpoint.is_file():
+        with contextlib.suppress(SafetensorError), safe_open(checkpoint, framework="pt") as file:
+            saved = (file.metadata() or {}).get(POLICY_KEY)
+            if saved is not None:
+                return AugmentPolicy(**json.loads(saved))
+    return evaluation_policy(policy_of_sizes(sizes))
 
 
 @torch.inference_mode()
@@ -46,7 +63,8 @@ def detect_split(
     own = batches[ranks.rank :: ranks.world_size]
 
     def load(chosen: Sequence[Sample]) -> Batch:
-        return collate([replay(sample, annotations) for sample in chosen])
+        replayed = [replay(sample, annotations) for sample in chosen]
+        return collate([(one.image, one.targets) for one in replayed])
 
     results: list[Result] = []
     training = detector.training

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.augment import AugmentPolicy, evaluation_policy, policy_of_sizes
+from common.augment import AugmentPolicy
 from common.coco import load_annotations
 from common.detr import layouts
 from common.detr.backbone import RESNETS
@@ -29,6 +29,7 @@ from common.images import IMAGENET_MEAN, IMAGENET_STD
 from common.runtime import log
 from student_train.checkpoint import write_atomically, write_json
 from student_train.config import ExportConfig
+from student_train.evaluate import saved_policy
 from student_train.export_onnx import to_onnx
 
 
@@ -44,7 +45,7 @@ def export(config: ExportConfig) -> None:
         categories = Categories(annotations.category_ids, annotations.class_names)
     if categories is None:
         log.warning("the checkpoint does not name its classes, nor will the export: name their data set with --data")
-    policy = evaluation_policy(policy_of_sizes(config.sizes))
+    policy = saved_policy(config.checkpoint, config.sizes)
     try:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         if config.to == "transformers":

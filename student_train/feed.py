@@ -1,29 +1,40 @@
-"""Batches for training: pixels decoded and replayed in threads, cached targets read beside them, ahead of the step.
+"""Steps for training: pixels decoded and replayed in threads, cached targets read beside them, ahead of the step.
 
-Which samples a step has follows from (seed, epoch, step) alone, so that any step can be started from. Decoding and
-resizing release the GIL, and so does reading the cache: threads of the training process do both, without pipes.
+Which samples a step has follows from (seed, epoch, step) alone (`batching`), so that any step can be started from.
+Decoding and resizing release the GIL, and so does reading the cache: threads of the training process do both, without
+pipes.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.augment import AugmentPolicy, apply_boxes, apply_image, draw
-from common.cache.reader import BatchBuffers, CacheReader
+from common.augment import AugmentPolicy, apply_boxes, apply_image, draw, draw_many
+from common.cache.reader import BatchBuffers, CacheReader, CorruptRecord
 from common.coco import Annotations
 from common.errors import UserError
-from common.images import collate, load_image, normalise
+from common.images import collate, decode_image, normalise, read_image
 from common.records import Augmentation, Batch, CachedBatch, ImageEntry, Targets
 from common.runtime import Ranks, log
+from student_train.batching import (
+    Indices,
+    Sizes,
+    epoch_order,
+    group_by_size,
+    micro_batches,
+    rank_share,
+    steps_per_epoch,
+)
 
 
 @dataclass(frozen=True)
@@ -36,18 +47,34 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class TrainingBatch:
-    """What one step trains on. step: its number in the epoch. waiting_*_s: seconds that it stood still for."""
+class MicroBatch:
+    """What goes through the student at once: a step, or a part of one."""
 
-    step: int
     image_ids: tuple[int, ...]
     batch: Batch
     cached: CachedBatch | None
+
+    def to(self, device: torch.device) -> MicroBatch:
+        return replace(self, batch=batch_to(self.batch, device), cached=cached_to(self.cached, device))
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """What one step of this rank trains on. number: in the epoch. waiting_*_s: seconds that it stood still for."""
+
+    number: int
+    parts: tuple[MicroBatch, ...]
     waiting_for_images_s: float
     waiting_for_cache_s: float
 
-    def to(self, device: torch.device) -> TrainingBatch:
-        return replace(self, batch=batch_to(self.batch, device), cached=cached_to(self.cached, device))
+    @property
+    def image_ids(self) -> tuple[int, ...]:
+        return tuple(chain.from_iterable(part.image_ids for part in self.parts))
+
+    @property
+    def box_counts(self) -> list[int]:
+        """Ground-truth boxes of each sample."""
+        return [len(targets.labels) for part in self.parts for targets in part.batch.targets]
 
 
 class SampleSource(Protocol):
@@ -59,21 +86,30 @@ class SampleSource(Protocol):
 
     def sample(self, epoch: int, index: int) -> Sample: ...
 
+    def sizes(self, epoch: int) -> Sizes:
+        """Height and width (N, 2) in pixels of each sample of an epoch."""
+        ...
 
-@dataclass(frozen=True)
+
 class FreshViews:
     """Plain training: every image of the annotations, a new view of each in every epoch."""
 
-    annotations: Annotations
-    policy: AugmentPolicy
-    seed: int
+    def __init__(self, annotations: Annotations, policy: AugmentPolicy, seed: int) -> None:
+        self.annotations, self.policy, self._seed = annotations, policy, seed
+        entries = annotations.entries
+        columns = [(entry.image_id, entry.width, entry.height) for entry in entries]
+        self._columns = np.array(columns, dtype=np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
         return len(self.annotations.entries)
 
     def sample(self, epoch: int, index: int) -> Sample:
         entry = self.annotations.entries[index]
-        return Sample(entry, draw(self.seed, entry.image_id, epoch, entry.width, entry.height, self.policy))
+        return Sample(entry, draw(self._seed, entry.image_id, epoch, entry.width, entry.height, self.policy))
+
+    def sizes(self, epoch: int) -> Sizes:
+        image_ids, widths, heights = self._columns.T.copy()
+        return draw_many(self._seed, image_ids, np.full(len(self), epoch), widths, heights, self.policy)[:, 5:7]
 
 
 class CachedViews:
@@ -92,129 +128,232 @@ class CachedViews:
         flip, *rest = self._table.augmentation[row].tolist()
         return Sample(self._entries[int(self._table.image_id[row])], Augmentation(bool(flip), *rest), row)
 
-
-def epoch_order(samples: int, seed: int, epoch: int) -> list[int]:
-    """A permutation of 0..samples-1 that depends on (seed, epoch) only: a stable sort of Philox's raw stream."""
-    generator = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
-    return np.argsort(generator.random_raw(samples), kind="stable").tolist()  # type: ignore[no-any-return]
+    def sizes(self, epoch: int) -> Sizes:
+        rows = self._rows[epoch % len(self._rows)][: len(self)]
+        return self._table.augmentation[rows, 5:7]
 
 
-def steps_per_epoch(samples: int, batch_size: int, ranks: Ranks) -> int:
-    """Steps of `batch_size` images over all ranks; an incomplete last one counts unless a rank would get nothing."""
-    whole, rest = divmod(samples, batch_size)
-    return whole + (rest >= ranks.world_size)
+@dataclass
+class Work:
+    """Seconds that the threads of a feed spent, all of them together, and what they got for it."""
+
+    images: int = 0
+    reading_images_s: float = 0.0
+    decoding_s: float = 0.0
+    reading_cache_s: float = 0.0
+    cache_bytes: int = 0
 
 
-def rank_share(order: Sequence[int], step: int, batch_size: int, ranks: Ranks) -> Sequence[int]:
-    """The samples that this rank takes of one step's batch."""
-    return order[step * batch_size : (step + 1) * batch_size][ranks.rank :: ranks.world_size]
+@dataclass(frozen=True)
+class Replayed:
+    """A sample for the student: normalised pixels (3, h, w), ground truth, and the seconds that it took."""
+
+    image: Tensor
+    targets: Targets
+    reading_s: float
+    decoding_s: float
 
 
-def replay(sample: Sample, annotations: Annotations) -> tuple[Tensor, Targets]:
-    """Decode a sample's image and replay its augmentation: normalised pixels (3, h, w) and ground truth.
+def replay(sample: Sample, annotations: Annotations) -> Replayed:
+    """Decode a sample's image and replay its augmentation.
 
     Raises UserError where the file is missing, broken or not of the annotated size.
     """
-    entry = sample.entry
-    image = load_image(annotations.image_path(entry), (entry.width, entry.height))
-    return normalise(apply_image(image, sample.augmentation)), apply_boxes(entry, sample.augmentation)
+    entry, path = sample.entry, annotations.image_path(sample.entry)
+    begun = time.perf_counter()
+    data = read_image(path)
+    read = time.perf_counter()
+    image = decode_image(data, str(path), (entry.width, entry.height))
+    pixels = normalise(apply_image(image, sample.augmentation))
+    targets = apply_boxes(entry, sample.augmentation)
+    return Replayed(pixels, targets, read - begun, time.perf_counter() - read)
+
+
+@dataclass(frozen=True)
+class FeedOptions:
+    """batch_size: images of a step over all ranks, `accumulate` parts of it to go through the student one by one.
+
+    similar_sizes: batch samples of similar size. workers: threads that replay images. prefetch: steps prepared ahead.
+    skip_broken, skip_corrupt: put another sample in the place of one whose image, or record, cannot be read.
+    """
+
+    batch_size: int
+    seed: int
+    accumulate: int = 1
+    similar_sizes: bool = True
+    workers: int = 4
+    prefetch: int = 3
+    skip_broken: bool = False
+    skip_corrupt: bool = False
 
 
 class Feed:
-    """Yields the batches of an epoch, prepared ahead by threads. Close it when done."""
+    """Yields the steps of an epoch, prepared ahead by threads. Close it when done.
+
+    broken, corrupt: what had to be skipped so far. work: what the threads did.
+    """
 
     def __init__(
         self,
         source: SampleSource,
         annotations: Annotations,
         reader: CacheReader | None,
-        *,
-        batch_size: int,
-        seed: int,
-        ranks: Ranks,
-        workers: int,
-        prefetch: int,
-        skip_broken: bool = False,
+        options: FeedOptions,
+        ranks: Ranks | None = None,
         pin: bool = False,
     ) -> None:
-        """reader: None where the cached targets are not needed. batch_size: images of a step over all ranks."""
+        """reader: None where the cached targets are not needed. pin: page-locked memory, for a GPU."""
         self._source, self._annotations, self._reader = source, annotations, reader
-        self._batch_size, self._seed, self._ranks = batch_size, seed, ranks
-        self._prefetch, self._skip_broken, self._pin = prefetch, skip_broken, pin
-        self._images = ThreadPoolExecutor(workers, "images")
+        self._options, self._ranks, self._pin = options, ranks or Ranks(), pin
+        self._images = ThreadPoolExecutor(options.workers, "images")
         self._cache = ThreadPoolExecutor(1, "cache")
-        # One buffer for the batch in use and one for each that is prepared meanwhile.
-        self._buffers = [BatchBuffers(pin=pin) for _ in range(prefetch + 1)]
+        # Buffers for the step in use and for each that is prepared meanwhile.
+        self._buffers = [
+            [BatchBuffers(pin=pin) for _ in range(options.accumulate)] for _ in range(options.prefetch + 1)
+        ]
         self.broken: set[str] = set()
+        self.corrupt: set[tuple[int, int]] = set()
+        self.work = Work()
 
     def __len__(self) -> int:
         """Steps of an epoch."""
-        return steps_per_epoch(len(self._source), self._batch_size, self._ranks)
+        return steps_per_epoch(len(self._source), self._options.batch_size, self._ranks)
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[TrainingBatch]:
-        """The batches of one epoch from `first_step` on. The cached tensors of a batch are valid until the next one."""
-        order = epoch_order(len(self._source), self._seed, epoch)
-        pending: deque[_Pending] = deque()
-        for step in range(first_step, len(self) + self._prefetch):
-            if step < len(self):
-                share = rank_share(order, step, self._batch_size, self._ranks)
-                samples = [self._source.sample(epoch, index) for index in share]
-                pending.append(self._start(step, samples, self._buffers[step % len(self._buffers)]))
-            if step >= first_step + self._prefetch and pending:
-                batch = self._finish(pending.popleft())
-                if batch is not None:
-                    yield batch
+    def order(self, epoch: int) -> Indices:
+        """The samples of an epoch in the order of training."""
+        options = self._options
+        order = epoch_order(len(self._source), options.seed, epoch)
+        if not options.similar_sizes:
+            return order
+        return group_by_size(order, self._source.sizes(epoch), options.batch_size, options.seed, epoch)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[TrainingStep]:
+        """The steps of one epoch from `first_step` on. The cached tensors of a step are valid until the next one."""
+        order, prefetch = self.order(epoch), self._options.prefetch
+        pending: deque[tuple[int, list[_Pending]]] = deque()
+        for number in range(first_step, len(self) + prefetch):
+            if number < len(self):
+                share = rank_share(order, number, self._options.batch_size, self._ranks)
+                parts = zip(
+                    micro_batches(share, self._options.accumulate), self._buffers[number % (prefetch + 1)], strict=False
+                )
+                pending.append((number, [self._start(epoch, part, order, buffers) for part, buffers in parts]))
+            if number >= first_step + prefetch and pending:
+                yield self._finish(*pending.popleft())
 
     def close(self) -> None:
         self._images.shutdown(cancel_futures=True)
         self._cache.shutdown(cancel_futures=True)
 
-    def _start(self, step: int, samples: list[Sample], buffers: BatchBuffers) -> _Pending:
-        cached = None
+    def _start(self, epoch: int, indices: Indices, order: Indices, buffers: BatchBuffers) -> _Pending:
+        samples = [self._source.sample(epoch, index) for index in indices.tolist()]
+        pending = _Pending(epoch, indices, order, samples, buffers)
         if self._reader is not None:
-            cached = self._cache.submit(self._reader.read, [sample.row for sample in samples], buffers)
-        images = [self._images.submit(replay, sample, self._annotations) for sample in samples]
-        return _Pending(step, samples, images, cached, buffers)
+            pending.cached = self._cache.submit(self._read, [sample.row for sample in samples], buffers)
+        pending.images = [self._images.submit(replay, sample, self._annotations) for sample in samples]
+        return pending
 
-    def _finish(self, pending: _Pending) -> TrainingBatch | None:
-        """Wait for a batch; None if none of its images could be decoded."""
-        start = time.perf_counter()
-        loaded = [self._result(sample, image) for sample, image in zip(pending.samples, pending.images, strict=True)]
+    def _finish(self, number: int, parts: list[_Pending]) -> TrainingStep:
+        """Wait for a step."""
+        begun = time.perf_counter()
+        images = [[self._image(*both) for both in zip(part.samples, part.images, strict=True)] for part in parts]
         images_there = time.perf_counter()
-        cached = pending.cached.result() if pending.cached is not None else None
+        cached = [part.cached.result() if part.cached is not None else None for part in parts]
         cache_there = time.perf_counter()
-        whole = [(sample, image) for sample, image in zip(pending.samples, loaded, strict=True) if image is not None]
-        if not whole:
-            return None
-        if cached is not None and self._reader is not None and len(whole) < len(loaded):
-            cached = self._reader.read([sample.row for sample, _ in whole], pending.buffers)  # without the broken ones
-        batch = collate([image for _, image in whole])
+        finished = tuple(self._micro_batch(*part) for part in zip(parts, images, cached, strict=True))
+        waiting_for_images_s = images_there - begun + time.perf_counter() - cache_there  # to pad and pin them, too
+        return TrainingStep(number, finished, waiting_for_images_s, cache_there - images_there)
+
+    def _micro_batch(self, part: _Pending, images: list[Replayed | None], read: _Read | None) -> MicroBatch:
+        samples, cached = part.samples, None
+        damaged = {error.row for error in read.damaged} if read is not None else set()
+        if None in images or damaged:
+            samples, images = self._mended(part, images, damaged)
+            read = self._read([sample.row for sample in samples], part.buffers) if read is not None else None
+        if read is not None:
+            cached = read.batch
+        loaded = [image for image in images if image is not None]
+        batch = collate([(image.image, image.targets) for image in loaded])
         if self._pin:
             batch = replace(batch, images=batch.images.pin_memory())
-        image_ids = tuple(sample.entry.image_id for sample, _ in whole)
-        return TrainingBatch(pending.step, image_ids, batch, cached, images_there - start, cache_there - images_there)
+        return MicroBatch(tuple(sample.entry.image_id for sample in samples), batch, cached)
 
-    def _result(self, sample: Sample, image: Future[tuple[Tensor, Targets]]) -> tuple[Tensor, Targets] | None:
+    def _mended(
+        self, part: _Pending, images: list[Replayed | None], damaged: set[int]
+    ) -> tuple[list[Sample], list[Replayed | None]]:
+        """The samples with sound ones, the next in the epoch's order, in the place of those that cannot be used.
+
+        Batches so keep their size, and no rank is ever left with nothing to do.
+        """
+        samples = list(part.samples)
+        following = np.roll(part.order, -1 - int(np.flatnonzero(part.order == part.indices[-1])[0]))
+        others = (self._source.sample(part.epoch, index) for index in following.tolist())
+        for place, sample in enumerate(part.samples):
+            if images[place] is not None and sample.row not in damaged:
+                continue
+            for other in others:
+                image = self._image(other, self._images.submit(replay, other, self._annotations))
+                if image is not None and (self._reader is None or not self._read([other.row], BatchBuffers()).damaged):
+                    samples[place], images[place] = other, image
+                    break
+            else:
+                raise UserError("no sample of the epoch can be read: look at the images and the store")
+        return samples, images
+
+    def _image(self, sample: Sample, replayed: Future[Replayed]) -> Replayed | None:
         try:
-            return image.result()
+            result = replayed.result()
         except UserError as error:
-            if not self._skip_broken:
+            if not self._options.skip_broken:
                 raise UserError(f"{error} (--skip-broken goes on without it)") from None
             if sample.entry.file_name not in self.broken:
                 log.warning("skipped: %s", error)
                 self.broken.add(sample.entry.file_name)
             return None
+        self.work.images += 1
+        self.work.reading_images_s += result.reading_s
+        self.work.decoding_s += result.decoding_s
+        return result
+
+    def _read(self, rows: list[int], buffers: BatchBuffers) -> _Read:
+        """Records of the store; what is damaged is left out, or is an error."""
+        assert self._reader is not None
+        begun = time.perf_counter()
+        try:
+            if not self._options.skip_corrupt:
+                read = _Read(self._reader.read(rows, buffers), ())
+            else:
+                read = _Read(*self._reader.read_sound(rows, buffers))
+        except CorruptRecord as error:
+            raise UserError(f"{error} (--on-corrupt skip goes on without it)") from None
+        self.work.reading_cache_s += time.perf_counter() - begun
+        self.work.cache_bytes += sum(value.nbytes for value in vars(read.batch).values() if value is not None)
+        for damage in read.damaged:
+            if (damage.image_id, damage.view) not in self.corrupt:
+                log.warning("skipped: %s", damage)
+                self.corrupt.add((damage.image_id, damage.view))
+        return read
 
 
 @dataclass(frozen=True)
-class _Pending:
-    """A batch in preparation."""
+class _Read:
+    """The records that could be read, and what is wrong with the others."""
 
-    step: int
+    batch: CachedBatch
+    damaged: tuple[CorruptRecord, ...]
+
+
+@dataclass
+class _Pending:
+    """A micro-batch in preparation. indices: of its samples in the epoch, order: of all."""
+
+    epoch: int
+    indices: Indices
+    order: Indices
     samples: list[Sample]
-    images: list[Future[tuple[Tensor, Targets]]]
-    cached: Future[CachedBatch] | None
     buffers: BatchBuffers
+    images: list[Future[Replayed]] = field(default_factory=list)
+    cached: Future[_Read] | None = None
 
 
 def batch_to(batch: Batch, device: torch.device) -> Batch:

@@ -2,98 +2,62 @@
 
 from __future__ import annotations
 
-import math
+import json
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common.detr.categories import Categories
 from common.detr.weights import save_detector
-from common.errors import UserError
 from common.evaluate import CocoMetrics
 from common.runtime import Ranks, choose_device, log, read_ranks, seed_generators, start_logging, start_processes
-from student_train.checkpoint import (
-    Checkpoint,
-    generator_states,
-    load_checkpoint,
-    restore_generators,
-    save_checkpoint,
-    write_atomically,
-)
-from student_train.config import OptimisationOptions, TrainConfig
-from student_train.evaluate import average_precision, detect_split
-from student_train.feed import Feed, TrainingBatch
-from student_train.model import StudentInTraining
-from student_train.objective import losses_of
+from student_train.checkpoint import Checkpoint, load_newest, save_checkpoint, write_atomically
+from student_train.config import TrainConfig
+from student_train.ema import MovingAverage
+from student_train.evaluate import POLICY_KEY, average_precision, detect_split
+from student_train.feed import Feed, TrainingStep
+from student_train.interruption import Interrupted, StopRequest
 from student_train.prepare import Data, prepare_data, prepare_feed, prepare_student
+from student_train.progress import Progress, bottleneck, step_record, time_spent
 from student_train.run_folder import RunFolder, run_name
+from student_train.step import Diverged, Training, agree, is_finite, learning_rate_factor, seed_step, train_step
 
-
-class Diverged(UserError):
-    """A loss or the gradient is not a finite number any more."""
-
-
-@dataclass
-class Totals:
-    """Seconds and samples since the start of this process, for the summary."""
-
-    steps: int = 0
-    samples: int = 0
-    stepping_s: float = 0.0
-    waiting_for_images_s: float = 0.0
-    waiting_for_cache_s: float = 0.0
-
-    def add(self, batch: TrainingBatch, step_s: float) -> None:
-        self.steps += 1
-        self.samples += len(batch.image_ids)
-        self.stepping_s += step_s
-        self.waiting_for_images_s += batch.waiting_for_images_s
-        self.waiting_for_cache_s += batch.waiting_for_cache_s
-
-
-@dataclass
-class Training:
-    """The state of a run between two steps. model: the student, wrapped where several processes train it. categories:
-    of the classes it learns, which the saved student carries."""
-
-    student: StudentInTraining
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    categories: Categories
-    epoch: int = 0
-    step_in_epoch: int = 0
-    step: int = 0
-    best_ap: float = -math.inf
-    totals: Totals = field(default_factory=Totals)
-
-    @property
-    def parameters(self) -> int:
-        """Of the student alone."""
-        return sum(parameter.numel() for parameter in self.student.detector.parameters())
+Value = TypeVar("Value")
 
 
 def train(config: TrainConfig) -> CocoMetrics:
-    """Train as configured; returns the last evaluation."""
+    """Train as configured; returns the last evaluation.
+
+    Raises Interrupted, with everything saved, after SIGTERM and Ctrl-C, and Diverged where a loss is not finite.
+    """
     ranks = read_ranks()
     start_logging(ranks)
     device = choose_device(config.output.device, ranks)
     start_processes(ranks, device)
     data = prepare_data(config.data)
-    seed_generators(config.optimisation.seed, Ranks())  # every rank starts from the same weights
+    seed_generators(config.optimisation.seed)  # every rank starts from the same weights
     training = start(config, data, device, ranks)
-    run = RunFolder(config.output.out / run_name(config), writes=ranks.is_first)
-    run.start(config, data.reader.manifest if data.reader is not None else None, training.parameters)
-    seed_generators(config.optimisation.seed, ranks)
-    if config.output.resume:
-        resume(training, load_checkpoint(run.last))
     feed = prepare_feed(config, data, ranks, device)
+    folder = RunFolder(config.output.out / run_name(config), writes=ranks.is_first)
     try:
-        return train_epochs(config, data, training, feed, run, ranks)
+        if config.output.resume:
+            folder.go_on(config)
+            resume(training, _of_first_rank(lambda: load_newest(folder.checkpoints), ranks))
+            folder.forget_after(training.step)
+        else:
+            folder.start(config, data.reader.manifest if data.reader is not None else None, training.parameters)
+        with StopRequest().listening() as stop:
+            metrics = Run(config, data, training, feed, folder, ranks, stop).to_the_end()
+        folder.finish(config)
+        return metrics
     finally:
         feed.close()
 
@@ -102,208 +66,234 @@ def start(config: TrainConfig, data: Data, device: torch.device, ranks: Ranks) -
     """A student that has seen nothing yet, on its device, with its optimiser."""
     options = config.optimisation
     student = prepare_student(config, data).to(device)
-    groups = student.parameter_groups(options.lr, options.backbone_lr_factor)
+    groups = student.parameter_groups(options.scaled_lr, options.backbone_lr_factor)
     for group in groups:
         group["initial_lr"] = group["lr"]
     optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.speed.amp == "fp16")
+    average = MovingAverage(student.detector, options.ema) if options.ema is not None else None
+    if config.speed.compile:
+        student.compile(dynamic=True)
     model: nn.Module = student
     if ranks.world_size > 1:
         model = DistributedDataParallel(student, device_ids=[device] if device.type == "cuda" else None)
-    return Training(student, model, optimizer, Categories(data.train.category_ids, data.train.class_names))
-
-
-def train_epochs(
-    config: TrainConfig, data: Data, training: Training, feed: Feed, run: RunFolder, ranks: Ranks
-) -> CocoMetrics:
-    """Epochs from where the training stands to the end; returns the last evaluation."""
-    options, every = config.optimisation, config.output.eval_every
-    total_steps = options.epochs * len(feed)
-    total_steps = min(total_steps, options.max_steps or total_steps)
-    log.info(description(config, data, training, len(feed), total_steps))
-    metrics: CocoMetrics | None = None
-    with tqdm(total=total_steps, initial=training.step, unit="step", disable=not ranks.is_first or None) as bar:
-        while training.step < total_steps and training.epoch < options.epochs:
-            train_epoch(training, feed, total_steps, options, run, bar)
-            finished = training.step == total_steps or training.epoch == options.epochs
-            if finished or (every and training.step_in_epoch == 0 and training.epoch % every == 0):
-                metrics = evaluate_student(config, data, training, run, ranks)
-            save(training, run, ranks)
-    if metrics is None:  # a run that had finished was continued
-        metrics = evaluate_student(config, data, training, run, ranks)
-    log.info(summary(training, run, feed))
-    return metrics
-
-
-def train_epoch(
-    training: Training, feed: Feed, total_steps: int, options: OptimisationOptions, run: RunFolder, bar: tqdm[None]
-) -> None:
-    """The steps of one epoch, from where the training stands to its end or to the last step of all."""
-    device = next(training.student.parameters()).device
-    training.model.train()
-    for batch in feed.epoch(training.epoch, training.step_in_epoch):
-        begun = time.perf_counter()
-        factor = learning_rate_factor(training.step, len(feed), total_steps, options)
-        for group in training.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        losses, gradient_norm = train_step(training, batch.to(device), options)
-        step_s = time.perf_counter() - begun
-        training.step, training.step_in_epoch = training.step + 1, batch.step + 1
-        training.totals.add(batch, step_s)
-        run.write_metrics(step_line(training, batch, losses, gradient_norm, step_s, factor * options.lr))
-        bar.set_postfix(loss=f"{sum(losses.values()):.2f}", refresh=False)
-        bar.update()
-        if training.step == total_steps:
-            break
-    if training.step < total_steps or training.step_in_epoch == len(feed):
-        training.epoch, training.step_in_epoch = training.epoch + 1, 0
-
-
-def train_step(
-    training: Training, batch: TrainingBatch, options: OptimisationOptions
-) -> tuple[dict[str, float], float]:
-    """One step of the optimiser; returns the weighted losses by name and the norm of the gradient before clipping.
-
-    Raises Diverged, with the weights as they were, where a loss or the gradient is not finite.
-    """
-    output = training.model(batch.batch.images, batch.batch.padding_mask)
-    losses = losses_of(output, batch.batch.targets, batch.cached, training.student.options)
-    values = dict(zip(losses, torch.stack([loss.detach() for loss in losses.values()]).tolist(), strict=True))
-    check_finite(values, training.step, batch)
-
-    training.optimizer.zero_grad()
-    torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
-    norm = nn.utils.clip_grad_norm_(training.model.parameters(), options.clip or math.inf).item()
-    check_finite({"gradient": norm}, training.step, batch)
-    training.optimizer.step()
-    return values, norm
-
-
-def learning_rate_factor(step: int, steps_per_epoch: int, total_steps: int, options: OptimisationOptions) -> float:
-    """The factor on every learning rate in a step: the schedule's, rising linearly from 0 in the first steps."""
-    if options.schedule == "cosine":
-        factor = 0.5 * (1 + math.cos(math.pi * step / total_steps))
-    else:
-        factor = 0.1 if step >= options.lr_drop * steps_per_epoch else 1.0
-    return factor * min(1.0, (step + 1) / (options.warmup_steps + 1))
-
-
-def check_finite(values: dict[str, float], step: int, batch: TrainingBatch) -> None:
-    """Raise Diverged with the names of the values that are not finite, the step and the images."""
-    broken = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-    if broken:
-        raise Diverged(
-            f"training diverged: {', '.join(broken)} at step {step} (images {', '.join(map(str, batch.image_ids))});"
-            " the last checkpoint is from before: lower --lr or raise --warmup-steps"
-        )
-
-
-def step_line(
-    training: Training,
-    batch: TrainingBatch,
-    losses: dict[str, float],
-    gradient_norm: float,
-    step_s: float,
-    learning_rate: float,
-) -> dict[str, object]:
-    """What metrics.jsonl says of one step, losses weighted, samples of this process."""
-    whole_s = step_s + batch.waiting_for_images_s + batch.waiting_for_cache_s
-    return {
-        "step": training.step,
-        "epoch": training.epoch,
-        "loss": sum(losses.values()),
-        "losses": losses,
-        "gradient_norm": gradient_norm,
-        "lr": learning_rate,
-        "step_s": round(step_s, 4),
-        "waiting_for_images_s": round(batch.waiting_for_images_s, 4),
-        "waiting_for_cache_s": round(batch.waiting_for_cache_s, 4),
-        "samples_per_s": round(len(batch.image_ids) / whole_s, 3),
-    }
-
-
-def evaluate_student(config: TrainConfig, data: Data, training: Training, run: RunFolder, ranks: Ranks) -> CocoMetrics:
-    """AP on the validation split; keeps the student if it is its best so far."""
-    options = config.data
-    results = detect_split(
-        training.student.detector,
-        data.val,
-        data.eval_policy,
-        batch_size=max(1, config.optimisation.batch_size // ranks.world_size),
-        workers=options.workers,
-        ranks=ranks,
-    )
-    metrics = average_precision(data.val, results)
-    log.info(f"step {training.step}, epoch {training.epoch}: {metrics}")
-    run.write_metrics({"step": training.step, "epoch": training.epoch, "evaluation": vars(metrics)})
-    if metrics.ap > training.best_ap:
-        training.best_ap = metrics.ap
-        if ranks.is_first:
-            save_student(training, run.best_weights)
-    return metrics
-
-
-def save(training: Training, run: RunFolder, ranks: Ranks) -> None:
-    """Write what continuing needs, and the student alone."""
-    if ranks.is_first:
-        checkpoint = Checkpoint(
-            epoch=training.epoch,
-            step_in_epoch=training.step_in_epoch,
-            step=training.step,
-            best_ap=training.best_ap,
-            student=training.student.state_dict(),
-            optimizer=training.optimizer.state_dict(),
-            generators=generator_states(),
-        )
-        save_checkpoint(run.last, checkpoint)
-        save_student(training, run.last_weights)
-
-
-def save_student(training: Training, path: Path) -> None:
-    detector, metadata = training.student.detector, training.categories.to_metadata()
-    write_atomically(path, lambda temporary: save_detector(temporary, detector, metadata))
+    return Training(student, model, optimizer, scaler, average)
 
 
 def resume(training: Training, checkpoint: Checkpoint) -> None:
     """Put the training where the checkpoint was taken."""
     training.student.load_state_dict(checkpoint.student)
+    if training.average is not None and checkpoint.average is not None:
+        training.average.student.load_state_dict(checkpoint.average)
     training.optimizer.load_state_dict(checkpoint.optimizer)
-    restore_generators(checkpoint.generators)
+    training.scaler.load_state_dict(checkpoint.scaler)
     training.epoch, training.step_in_epoch = checkpoint.epoch, checkpoint.step_in_epoch
-    training.step, training.best_ap = checkpoint.step, checkpoint.best_ap
+    training.step, training.evaluated_step = checkpoint.step, checkpoint.evaluated_step
+    training.best_ap = checkpoint.best_ap
 
 
-def description(config: TrainConfig, data: Data, training: Training, steps_per_epoch: int, total_steps: int) -> str:
-    """What is about to happen, in a few words."""
-    detector, options = training.student.detector, training.student.options
-    weights = {
-        "logits": options.logits_weight,
-        "features": options.feature_weight,
-        "assignment": options.assignment_weight,
-    }
-    chosen = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items() if weight)
-    source = "plainly"
-    if data.reader is not None:
-        how = f"distilling {chosen} ({options.mode})" if chosen else "plainly on the samples"
-        source = f"{how} of {data.reader.path} (teacher {data.reader.manifest.teacher.name})"
-    return (
-        f"training {config.model.student} ({training.parameters / 1e6:.1f} M parameters) {source}:"
-        f" {len(data.train.entries)} images, {total_steps} steps of {config.optimisation.batch_size} images,"
-        f" {steps_per_epoch} an epoch, on {next(detector.parameters()).device}"
-    )
+@dataclass(frozen=True)
+class Run:
+    """A training with all it needs to go on."""
+
+    config: TrainConfig
+    data: Data
+    training: Training
+    feed: Feed
+    folder: RunFolder
+    ranks: Ranks
+    stop: StopRequest
+
+    @property
+    def total_steps(self) -> int:
+        options = self.config.optimisation
+        steps = options.epochs * len(self.feed)
+        return min(steps, options.max_steps or steps)
+
+    @property
+    def finished(self) -> bool:
+        return self.training.step >= self.total_steps
+
+    def to_the_end(self) -> CocoMetrics:
+        """Train and evaluate from where the training stands; returns the last evaluation."""
+        log.info(self.description())
+        metrics, training = None, self.training
+        progress = Progress(self.config.output.log_every, self.ranks.world_size)
+        hidden = not self.ranks.is_first or None
+        with tqdm(total=self.total_steps, initial=training.step, unit="step", disable=hidden) as bar:
+            while True:
+                if self.evaluation_is_due():
+                    metrics = self.evaluate()
+                    self.save()
+                if self.finished:
+                    break
+                self.epoch(progress, bar)
+                self.save()  # evaluating may take long
+        if metrics is None:
+            log.info(f"nothing is left to do: all {training.step} steps are done")
+            return _of_first_rank(self.folder.last_evaluation, self.ranks)
+        log.info(self.summary())
+        return metrics
+
+    def epoch(self, progress: Progress, bar: tqdm[None]) -> None:
+        """The steps of one epoch, from where the training stands to its end or to the last step of all."""
+        training, total_steps, every = self.training, self.total_steps, self.config.output.checkpoint_every
+        training.model.train()
+        for step in self.feed.epoch(training.epoch, training.step_in_epoch):
+            loss, step_s, lr = self.step(step)
+            bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
+            bar.update()
+            line = progress.line(training.step, total_steps, step, step_s, loss, lr)
+            if line is not None:
+                log.info(line)
+            if training.step == total_steps:
+                break
+            if every and training.step % every == 0 and training.step_in_epoch < len(self.feed):
+                self.save()
+        if training.step_in_epoch == len(self.feed):
+            training.epoch, training.step_in_epoch = training.epoch + 1, 0
+
+    def step(self, step: TrainingStep) -> tuple[float, float, float]:
+        """One step, put on record; returns its loss, its duration in seconds and the learning rate.
+
+        Raises Interrupted before it where some rank was told to stop, and Diverged; both with the state saved.
+        """
+        training, options = self.training, self.config.optimisation
+        begun = time.perf_counter()
+        counts, stopping = agree(training, step, self.stop.requested)
+        if stopping:
+            self.save()
+            self.interrupted()
+        seed_step(options.seed, training.step, self.ranks)
+        factor = learning_rate_factor(training.step, len(self.feed), self.total_steps, options)
+        for group in training.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        try:
+            losses, gradient_norm = train_step(training, step, counts, clip=options.clip, amp=self.config.speed.amp)
+        except Diverged as error:
+            raise self.diverged(error) from None
+        step_s = time.perf_counter() - begun
+        training.step, training.step_in_epoch = training.step + 1, step.number + 1
+        loss, lr = sum(losses.values()), factor * options.scaled_lr
+        training.totals.add(step, step_s, loss)
+        record = step_record(training.step, training.epoch, step, losses, gradient_norm, step_s, lr)
+        self.folder.write_metrics(record)
+        return loss, step_s, lr
+
+    def evaluation_is_due(self) -> bool:
+        training, every = self.training, self.config.output.eval_every
+        after_epoch = training.step_in_epoch == 0 and training.epoch > 0 and every and training.epoch % every == 0
+        return training.evaluated_step != training.step and bool(self.finished or after_epoch)
+
+    def evaluate(self) -> CocoMetrics:
+        """AP on the validation split; keeps the student if it is its best so far."""
+        training, options = self.training, self.config.optimisation
+        if self.stop.requested:
+            self.interrupted()
+        try:
+            with self.stop.at_once():
+                results = detect_split(
+                    training.detector,
+                    self.data.val,
+                    self.data.eval_policy,
+                    batch_size=max(1, options.batch_size // (self.ranks.world_size * self.config.speed.accumulate)),
+                    workers=self.config.data.workers,
+                    ranks=self.ranks,
+                )
+                metrics = average_precision(self.data.val, results)
+        except KeyboardInterrupt:  # the state was saved before
+            self.interrupted()
+        log.info(f"step {training.step}, epoch {training.epoch}: {metrics}")
+        evaluation = {"step": training.step, "epoch": training.epoch, "evaluation": vars(metrics)}
+        self.folder.write_metrics(evaluation)
+        training.evaluated_step = training.step
+        if metrics.ap > training.best_ap:
+            training.best_ap = metrics.ap
+            if self.ranks.is_first:
+                self.save_student(self.folder.best_weights)
+        return metrics
+
+    def save(self) -> None:
+        """Write what continuing needs, and the student alone."""
+        training = self.training
+        if self.ranks.is_first:
+            checkpoint = Checkpoint(
+                epoch=training.epoch,
+                step_in_epoch=training.step_in_epoch,
+                step=training.step,
+                evaluated_step=training.evaluated_step,
+                best_ap=training.best_ap,
+                student=training.student.state_dict(),
+                average=training.average.student.state_dict() if training.average is not None else None,
+                optimizer=training.optimizer.state_dict(),
+                scaler=training.scaler.state_dict(),
+            )
+            save_checkpoint(self.folder.checkpoints, checkpoint, self.config.output.keep)
+            self.save_student(self.folder.last_weights)
+
+    def save_student(self, path: Path) -> None:
+        """The student alone; its file says which categories it tells apart, and at what size it was evaluated."""
+        train = self.data.train
+        metadata = Categories(train.category_ids, train.class_names).to_metadata()
+        metadata[POLICY_KEY] = json.dumps(asdict(self.data.eval_policy))
+        write_atomically(path, lambda temporary: save_detector(temporary, self.training.detector, metadata))
+
+    def interrupted(self) -> NoReturn:
+        """Raise Interrupted; the state has been saved."""
+        raise Interrupted(
+            f"stopped after step {self.training.step}, which is saved; go on with `python -m student_train --config"
+            f" {self.folder.record} --resume`",
+            self.stop.exit_status,
+        )
+
+    def diverged(self, error: Diverged) -> Diverged:
+        """Keep the last good state, and say where it is."""
+        if not is_finite(self.training):
+            return Diverged(f"{error}; the last good state is the newest in {self.folder.checkpoints}")
+        self.save()
+        return Diverged(f"{error}; the state before it is kept: --init {self.folder.last_weights} starts there")
+
+    def description(self) -> str:
+        """What is about to happen, in a few words."""
+        data, training, options = self.data, self.training, self.config.optimisation
+        distillation = training.student.options
+        weights = vars(distillation.weights)
+        chosen = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items() if weight)
+        source = "plainly"
+        if data.reader is not None:
+            how = f"distilling {chosen} ({distillation.mode})" if chosen else "plainly on the samples"
+            source = f"{how} of {data.reader.path} (teacher {data.reader.manifest.teacher.name})"
+        if training.student.live is not None:
+            source = f"distilling {chosen} ({distillation.mode}), teacher {training.student.live.info.name} run live"
+        scaled = f" ({options.lr:g} x {options.batch_size} / 32)" if options.scale_lr else ""
+        accumulate = self.config.speed.accumulate
+        parts = f" in {accumulate} parts" if accumulate > 1 else ""
+        return (
+            f"training {self.config.model.student} ({training.parameters / 1e6:.1f} M parameters) {source}:"
+            f" {len(data.train.entries)} images, {self.total_steps} steps of {options.batch_size} images{parts},"
+            f" {len(self.feed)} an epoch, learning rate {options.scaled_lr:.3g}{scaled}, on {training.device}"
+        )
+
+    def summary(self) -> str:
+        """What was done, where the time went, what to change, and where the result is."""
+        totals, feed = self.training.totals, self.feed
+        lines = [time_spent(totals)]
+        if totals.steps:
+            lines.append(bottleneck(totals, feed.work, self.config.data.workers))
+        if feed.broken:
+            lines.append(f"skipped {len(feed.broken)} broken images: {', '.join(sorted(feed.broken))}")
+        if feed.corrupt:
+            named = ", ".join(f"image {image_id} view {view}" for image_id, view in sorted(feed.corrupt))
+            lines.append(f"skipped {len(feed.corrupt)} damaged records: {named}")
+        best = f"best AP {100 * self.training.best_ap:.1f}: {self.folder.best_weights}"
+        return "\n".join([*lines, f"{best}, last: {self.folder.last_weights}"])
 
 
-def summary(training: Training, run: RunFolder, feed: Feed) -> str:
-    """What was done, where the time went, and where the result is."""
-    totals = training.totals
-    whole_s = max(1e-9, totals.stepping_s + totals.waiting_for_images_s + totals.waiting_for_cache_s)
-    shares = {
-        "computing": totals.stepping_s,
-        "waiting for images": totals.waiting_for_images_s,
-        "waiting for the cache": totals.waiting_for_cache_s,
-    }
-    times = ", ".join(f"{name} {seconds / whole_s:.0%}" for name, seconds in shares.items())
-    skipped = f"; skipped {len(feed.broken)} broken images: {', '.join(sorted(feed.broken))}" if feed.broken else ""
-    return (
-        f"{totals.steps} steps in {whole_s:.1f} s, {totals.samples / whole_s:.2f} samples/s ({times}){skipped}; best AP"
-        f" {100 * training.best_ap:.1f}: {run.best_weights}, last: {run.last_weights}"
-    )
+def _of_first_rank(value: Callable[[], Value], ranks: Ranks) -> Value:
+    """What the first rank gets, on every rank: the others may not see its files."""
+    if ranks.world_size == 1:
+        return value()
+    shared = [value() if ranks.is_first else None]
+    dist.broadcast_object_list(shared)
+    assert shared[0] is not None
+    return shared[0]

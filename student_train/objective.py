@@ -9,6 +9,10 @@ from common.records import CachedBatch, Targets
 from kernels import hungarian, hungarian_start
 from student_train import distill_loss as distill
 from student_train.config import DistillationOptions
+from student_train.contrastive_loss import contrastive_loss
+from student_train.feature_loss import align, feature_loss, neck_loss
+from student_train.fgd_loss import fgd_losses
+from student_train.live import live_targets
 from student_train.model import StudentOutput
 from student_train.set_loss import proposal_losses, set_loss
 from student_train.step_counts import StepCounts, own_counts
@@ -25,13 +29,15 @@ def losses_of(
 ) -> Losses:
     """The weighted losses, whose sum is minimised. A loss of weight 0 is neither computed nor listed.
 
-    cached: the teacher's records of the batch; None trains plainly. counts: of the step that this batch is a part of,
-    by which the losses are divided, so that those of all parts add up to the step's; by default the batch is the whole
-    step of its rank. (A loss that is a mean over samples is multiplied by the batch's share of them.) Matchings are
-    solved on the host: they are started as soon as their costs are known, and what needs none of them is computed
-    before the first is waited for.
+    cached: the teacher's records of the batch; None trains plainly, or with what a live teacher says. counts: of the
+    step that this batch is a part of, by which the losses are divided, so that those of all parts add up to the step's;
+    by default the batch is the whole step of its rank. (A loss that is a mean over samples is multiplied by the batch's
+    share of them.) Matchings are solved on the host: they are started as soon as their costs are known, and what needs
+    none of them is computed before the first is waited for.
     """
     output, truth = student.output, pad_targets(targets)
+    if student.live is not None:
+        cached = live_targets(student.live, targets, with_neck=options.needs_neck)
     if counts is None:
         queries = output.logits.shape[2]
         boxes = [len(of_sample.labels) for of_sample in targets]
@@ -54,28 +60,52 @@ def losses_of(
 def _distillation_losses(
     student: StudentOutput, truth: PaddedTargets, cached: CachedBatch, counts: StepCounts, options: DistillationOptions
 ) -> Losses:
-    output, boxes = student.output, truth.labels.shape[1]
+    output, boxes, weights = student.output, truth.labels.shape[1], options.weights
+    share = len(truth.labels) / counts.samples  # of a loss that is a mean over samples
     losses: Losses = {}
-    if student.tokens is not None:
-        if distill.same_levels(cached, student.strides):
-            feature_loss = distill.feature_loss(student.tokens, output.level_shapes, cached)
-        else:
-            feature_loss = distill.resampled_feature_loss(
-                student.tokens, output.level_shapes, output.token_mask, student.strides, cached
-            )
-        losses["features"] = options.feature_weight * feature_loss * (len(truth.labels) / counts.samples)
+    if student.memory is not None:
+        aligned = align(student.memory, output.level_shapes, output.token_mask, student.strides, cached)
+        losses["features"] = weights.features * feature_loss(aligned, cached) * share
+    if student.neck is not None:
+        aligned = align(student.neck, output.level_shapes, output.token_mask, student.strides, cached)
+        if options.mode == "released" and weights.features:
+            losses["features"] = weights.features * neck_loss(aligned, cached) * share
+        if student.fgd_blocks is not None:
+            losses |= _named("fgd", fgd_losses(aligned, cached, truth, student.fgd_blocks), weights.fgd * share)
     if student.teacher_group is not None:  # under the teacher's own assignment or, released, the student's
         if options.mode == "paper":
             matched = queries_of_boxes(cached.assignment, boxes)
         else:
             matched = hungarian(detection_cost(*student.teacher_group, truth), column_mask=truth.valid.unsqueeze(1))
         assigned = set_loss(*student.teacher_group, truth, matched, counts.boxes)
-        losses |= _named("assignment", assigned, options.assignment_weight)
-    if options.logits_weight:
-        soft = distill.logits_losses(output.logits, output.boxes_cxcywh, cached, boxes, options.mode, counts)
-        losses |= _named("logits", soft, options.logits_weight)
+        losses |= _named("assignment", assigned, weights.assignment)
+    if weights.logits or student.contrastive_heads is not None:
+        found = distill.match_queries(output.logits, output.boxes_cxcywh, cached, boxes, options.mode)
+        if student.contrastive_heads is not None:
+            contrast = contrastive_loss(
+                output.queries, cached.queries, found[1], found[0].index, student.contrastive_heads
+            )
+            losses["contrastive"] = weights.contrastive * contrast * share
+        if weights.logits:
+            soft = distill.logits_losses(output.logits, output.boxes_cxcywh, cached, boxes, options.mode, counts, found)
+            losses |= _named("logits", soft, weights.logits)
     return losses
 
 
-def _named(prefix: str, losses: Losses, weight: float = 1.0) -> Losses:
+def needed_fields(options: DistillationOptions) -> set[str]:
+    """The fields of a store that the losses read; the others need not be."""
+    weights = options.weights
+    names = {"assignment"}  # a few kilobytes
+    if weights.logits or weights.contrastive:
+        names |= {"logits", "boxes_cxcywh"}
+    if weights.contrastive:
+        names |= {"queries"}
+    if options.needs_memory:
+        names |= {"tokens", "token_scales", "token_positions", "token_weights"}
+    if options.needs_neck:
+        names |= {"neck", "neck_scales"} | ({"neck_weights"} if options.mode == "released" else set())
+    return names
+
+
+def _named(prefix: str, losses: Losses, weight: float | Tensor = 1.0) -> Losses:
     return {f"{prefix}/{name}": weight * loss for name, loss in losses.items()}

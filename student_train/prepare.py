@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from common.augment import AugmentPolicy, evaluation_policy, policy_of_sizes
-from common.cache.plan import level_strides
+from common.cache.plan import Integers, level_strides
 from common.cache.reader import CacheReader
-from common.coco import Annotations, check_images, load_annotations
+from common.cache.schema import TeacherInfo
+from common.coco import Annotations, check_images, load_annotations, output_columns
 from common.detr.config import DetectorConfig
 from common.detr.detector import DeformableDetr
 from common.detr.weights import load_backbone, load_detector
@@ -18,9 +20,12 @@ from common.errors import UserError
 from common.images import pixel_fingerprint
 from common.resampling import match_levels
 from common.runtime import Ranks, log
-from student_train.config import DataOptions, ModelOptions, TrainConfig
-from student_train.feed import CachedViews, Feed, FreshViews
+from common.teacher import detector_info, sha256_of
+from student_train.config import DataOptions, DistillationOptions, ModelOptions, TrainConfig
+from student_train.feed import CachedViews, Feed, FeedOptions, FreshViews
+from student_train.live import LiveTeacher
 from student_train.model import StudentInTraining
+from student_train.objective import needed_fields
 from student_train.students import student_named
 
 
@@ -40,7 +45,7 @@ class Data:
 
 def prepare_data(options: DataOptions) -> Data:
     """Open annotations and store. UserError where they are missing, incomplete or do not belong together."""
-    reader = CacheReader(options.cache) if options.cache is not None else None
+    reader = CacheReader(options.cache, local_cache=options.local_cache) if options.cache is not None else None
     train, val = (load_annotations(options.data, split) for split in (options.split, options.val_split))
     if not options.skip_broken:
         check_images(train)
@@ -116,22 +121,58 @@ def prepare_student(config: TrainConfig, data: Data) -> StudentInTraining:
             f"the {architecture.backbone} starts from RANDOM weights, which takes far more images and epochs to learn:"
             " name torchvision's ImageNet weights with --backbone-weights FILE"
         )
-    distillation, reader = config.distillation, data.reader
-    if reader is None:
-        distillation = replace(distillation, logits_weight=0.0, feature_weight=0.0, assignment_weight=0.0)
-        return StudentInTraining(detector, distillation, detector.config.width, None)
-    teacher = reader.manifest.teacher
-    if distillation.feature_weight:
-        for line in match_report(reader, detector.strides):
+    distillation, reader, queries = config.distillation, data.reader, None
+    live = prepare_live(distillation.live_teacher, data) if distillation.live_teacher and distillation.active else None
+    if live is not None:
+        teacher, sizes = live.info, np.ones((1, 2), dtype=np.int32)  # of any size: it takes samples as they are
+        queries = None if live.model.query_embeddings is None else live.model.query_embeddings.detach().clone()
+    elif reader is not None:
+        teacher, sizes = reader.manifest.teacher, reader.table.augmentation[:, 5:7]
+        queries = reader.constants.get("query_embeddings")
+        check_neck(reader, distillation)
+    else:
+        return StudentInTraining(detector, distillation.without_losses(), detector.config.width, None)
+    if distillation.needs_memory or distillation.needs_neck:
+        for line in match_report(teacher, sizes, detector.strides):
             log.info(line)
-    queries: Tensor | None = reader.constants.get("query_embeddings")
-    return StudentInTraining(detector, distillation, teacher.channels, queries)
+    return StudentInTraining(detector, distillation, teacher.channels, queries, live, len(teacher.strides))
 
 
-def match_report(reader: CacheReader, strides: tuple[int, ...]) -> list[str]:
+def prepare_live(path: Path, data: Data) -> LiveTeacher:
+    """The teacher of that file, to run beside the student. UserError if it is not the one that wrote the store."""
+    info_of_store = None if data.reader is None else data.reader.manifest.teacher
+    with torch.random.fork_rng(devices=[]):  # the student starts from the same weights with and without it
+        model, report = load_detector(path)
+    for line in report.lines():
+        log.info(line)
+    info = detector_info(model, str(path), sha256_of(path), trained=True)
+    if info_of_store is not None and info.weights_sha256 != info_of_store.weights_sha256:
+        raise UserError(
+            f"--live-teacher {path} is not the teacher {info_of_store.name} that wrote the store: name that one, or"
+            " leave --cache out"
+        )
+    log.warning(f"{path} runs beside the student in every step: for comparison with a cache, which spares that")
+    return LiveTeacher(model, info, output_columns(data.train.category_ids, model.config.num_classes))
+
+
+def check_neck(reader: CacheReader, options: DistillationOptions) -> None:
+    """UserError where a loss needs the neck's features or the queries and the store does not hold them."""
+    if options.weights.contrastive and not reader.manifest.codec.queries:
+        raise UserError(
+            "expected a store with the teacher's queries, from which the contrastive loss learns, found"
+            f" {reader.path} without: dump it with --queries True, or use --contrastive-weight 0"
+        )
+    if options.needs_neck and not reader.manifest.codec.neck:
+        flag = "--fgd-weight" if options.weights.fgd else "--feature-weight"
+        raise UserError(
+            f"expected a store with the neck's features, from which --mode {options.mode} with {flag} above 0 learns,"
+            f" found {reader.path} without: dump it with --neck or --preset full, or use {flag} 0"
+        )
+
+
+def match_report(teacher: TeacherInfo, sizes: Integers, strides: tuple[int, ...]) -> list[str]:
     """Which of the teacher's feature levels the student, with levels of these strides, learns from; none if all are
-    its own. UserError if it learns from no level."""
-    teacher, sizes = reader.manifest.teacher, reader.table.augmentation[:, 5:7]
+    its own. sizes: (N, 2) height and width of samples. UserError if it learns from no level."""
     if teacher.input_size is None and teacher.strides == tuple(strides):
         return []
     in_samples = torch.from_numpy(level_strides(teacher, sizes[:, 0], sizes[:, 1]))
@@ -162,24 +203,27 @@ def inherit(detector: DeformableDetr, source: DeformableDetr) -> str:
 
 def prepare_feed(config: TrainConfig, data: Data, ranks: Ranks, device: torch.device) -> Feed:
     """The samples of the store or, without one, fresh views. Cached targets are read only if a loss needs them."""
-    if config.optimisation.batch_size < ranks.world_size:
+    batch_size, options = config.optimisation.batch_size, config.data
+    least = ranks.world_size * config.speed.accumulate
+    if batch_size < least:
         raise UserError(
-            f"expected --batch-size of {ranks.world_size} or more, an image for each process, found"
-            f" {config.optimisation.batch_size}"
+            f"expected --batch-size of {least} or more, an image for each process and part, found {batch_size}"
         )
     if data.reader is not None:
         source: CachedViews | FreshViews = CachedViews(data.train, data.reader)
     else:
         source = FreshViews(data.train, data.policy, config.optimisation.seed)
-    return Feed(
-        source,
-        data.train,
-        data.reader if config.distillation.active else None,
-        batch_size=config.optimisation.batch_size,
+    feed_options = FeedOptions(
+        batch_size=batch_size,
         seed=config.optimisation.seed,
-        ranks=ranks,
-        workers=config.data.workers,
-        prefetch=config.data.prefetch,
-        skip_broken=config.data.skip_broken,
-        pin=device.type == "cuda",
+        accumulate=config.speed.accumulate,
+        similar_sizes=config.speed.similar_sizes,
+        workers=options.workers,
+        prefetch=options.prefetch,
+        skip_broken=options.skip_broken,
+        skip_corrupt=options.on_corrupt == "skip",
     )
+    reader = data.reader if config.distillation.active and config.distillation.live_teacher is None else None
+    if reader is not None:
+        reader.choose_fields(needed_fields(config.distillation))
+    return Feed(source, data.train, reader, feed_options, ranks, pin=device.type == "cuda")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shlex
@@ -17,11 +18,14 @@ from common.evaluate import CocoMetrics
 from common.runtime import software_versions
 from student_train.checkpoint import write_atomically, write_json
 from student_train.config import TrainConfig
+from student_train.tracking import EventFile
 
+TIME = "%Y-%m-%dT%H:%M:%S%z"
 RUN, METRICS = "run.json", "metrics.jsonl"  # how a run was started; a line for each step and evaluation
 
-# What a continued run may have otherwise than the one it continues.
-FREE_TO_CHANGE = ("output", "data.data", "data.cache", "data.workers", "data.prefetch")
+# What a continued run may have otherwise than the one it continues; its length, too, where no schedule depends on it.
+FREE_TO_CHANGE = ("output", "recipe", "data.data", "data.cache", "data.local_cache", "data.workers", "data.prefetch")
+LENGTH = ("optimisation.max_steps", "optimisation.epochs")
 
 
 class RunFolder:
@@ -30,19 +34,18 @@ class RunFolder:
     def __init__(self, path: Path, writes: bool) -> None:
         self.path = path
         self._writes = writes
-        self.last = path / "last.pt"
+        self.checkpoints = path / "checkpoints"
         self.last_weights = path / "last.safetensors"
         self.best_weights = path / "best.safetensors"
         self.metrics = path / METRICS
         self.record = path / RUN
+        self._events = EventFile(path)
 
     def start(self, config: TrainConfig, manifest: Manifest | None, parameters: int) -> None:
         """Make the folder and record what decides the run. UserError if another run is there already."""
         if not self._writes:
             return
-        if config.output.resume:
-            self._check_same(config)
-        elif self.record.exists():
+        if self.record.exists():
             raise UserError(f"{self.path} holds a run already: choose another --name, or continue it with --resume")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -61,20 +64,67 @@ class RunFolder:
             },
         )
 
+    def go_on(self, config: TrainConfig) -> None:
+        """Note that the run is continued. UserError if there is none, or one of another configuration."""
+        if not self._writes:
+            return
+        record = self._check_same(config)
+        record["continued"] = [*record.get("continued", []), _circumstances()]
+        write_json(self.record, record)
+
+    def forget_after(self, step: int) -> None:
+        """Drop from the metrics what was done after the step that the run continues from: it is done again."""
+        if self._writes and self.metrics.exists():
+            kept = [line for line in self._lines() if line["step"] <= step]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            write_atomically(self.metrics, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    def last_evaluation(self) -> CocoMetrics:
+        """The newest on record. UserError if there is none."""
+        evaluations = [line["evaluation"] for line in self._lines() if "evaluation" in line]
+        if not evaluations:
+            raise UserError(f"expected an evaluation in {self.metrics}, found none: `evaluate` {self.last_weights}")
+        return CocoMetrics(**evaluations[-1])
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """Of metrics.jsonl; a last one that a crash cut off is left out."""
+        lines = []
+        for text in self.metrics.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(text))
+        return lines
+
     def write_metrics(self, line: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, at once: a run that is killed keeps its curve."""
         if self._writes:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+            self._events.add(line)
 
-    def _check_same(self, config: TrainConfig) -> None:
+    def finish(self, config: TrainConfig) -> None:
+        """Note that the run has come to the end that its configuration sets."""
+        if self._writes:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+            record["finished"] = {"time": time.strftime(TIME), **_length(config)}
+            write_json(self.record, record)
+
+    def is_finished(self, config: TrainConfig) -> bool:
+        """Whether there is nothing left to do. UserError if there is no run, or one of another configuration."""
+        finished = self._check_same(config).get("finished")
+        return finished is not None and _length(config).items() <= finished.items()
+
+    def _check_same(self, config: TrainConfig) -> dict[str, Any]:
+        """The record of the run."""
         try:
-            before = json.loads(self.record.read_text(encoding="utf-8"))["config"]
+            record: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
+            before = record["config"]
         except (OSError, ValueError, KeyError):
             raise UserError(f"expected a run to continue in {self.path}, found none: leave --resume out") from None
-        changed = [name for name in _differing(before, as_json(config)) if not name.startswith(FREE_TO_CHANGE)]
+        free = FREE_TO_CHANGE + (LENGTH if config.optimisation.schedule == "step" else ())
+        changed = [name for name in _differing(before, as_json(config)) if not name.startswith(free)]
         if changed:
             raise UserError(f"{self.path} was started with another {', '.join(changed)}: a run continues as it began")
+        return record
 
 
 def record_evaluation(folder: Path, what: str, parameters: int, metrics: CocoMetrics) -> None:
@@ -106,9 +156,7 @@ def what(config: TrainConfig, manifest: Manifest | None) -> str:
     """The student and how it is trained, in a few words."""
     if manifest is None:
         return f"{config.model.student}, plain"
-    options = config.distillation
-    weights = {"logits": options.logits_weight, "features": options.feature_weight}
-    chosen = [name for name, weight in (weights | {"assignment": options.assignment_weight}).items() if weight]
+    chosen = [name for name, weight in vars(config.distillation.weights).items() if weight]
     return f"{config.model.student}, {' + '.join(chosen) or 'plain'}"
 
 
@@ -126,6 +174,10 @@ def as_json(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))  # type: ignore[no-any-return]
 
 
+def _length(config: TrainConfig) -> dict[str, int | None]:
+    return {"epochs": config.optimisation.epochs, "max_steps": config.optimisation.max_steps}
+
+
 def _differing(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     names = []
     for key in sorted(before.keys() | now.keys()):
@@ -141,7 +193,7 @@ def _circumstances() -> dict[str, Any]:
     """What, besides the configuration, repeating this process takes."""
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": time.strftime(TIME),
         "versions": software_versions(),
         "git_revision": _git_revision(),
     }

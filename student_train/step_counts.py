@@ -32,7 +32,12 @@ class StepCounts:
     @classmethod
     def from_ranks(cls, own: Tensor) -> StepCounts:
         """From `own_counts` of every rank's samples. All ranks have to call this at once."""
-        return cls(*mean_over_ranks(own).clamp(min=1).unbind())
+        return cls.of_mean(mean_over_ranks(own))
+
+    @classmethod
+    def of_mean(cls, mean: Tensor) -> StepCounts:
+        """From the mean over ranks of `own_counts`."""
+        return cls(*mean.float().clamp(min=1).unbind())
 
 
 def own_counts(boxes: Sequence[int], student_queries: int, teacher_queries: int) -> Tensor:

@@ -16,7 +16,8 @@ from common.cache.sampling import draw_tokens
 from common.cache.schema import Manifest
 from common.cache.writer import Record, blank_record
 from common.errors import UserError
-from common.teacher import answers
+from common.images import PADDING_MULTIPLE
+from common.teacher import Answer, answers
 from teacher_dump.job import Job, Sample
 
 Floats = npt.NDArray[np.float32]
@@ -58,24 +59,35 @@ def run_teacher(job: Job, samples: Sequence[Sample]) -> list[Record]:
     """What the teacher says of each sample that has an image: all its tokens, before anything is left out or rounded.
 
     memory (T, C) float32 and weights (T,) float32 of all tokens, the same of the neck (neck and neck_weights) where the
-    store holds it, and the sample fields of a record.
+    store holds it, and the sample fields of a record. Samples run together only if they are padded to the same size, so
+    that none is padded more than it would be alone: group norm takes its statistics over the padding too, and a
+    sample of 64 pixels padded to 128 was found to get other features altogether.
     """
     whole = [(sample, sample.image) for sample in samples if sample.image is not None]
-    if not whole:
-        return []
-    found = answers(
-        job.teacher.run([image for _, image in whole]),
-        [sample.targets for sample, _ in whole],
-        [job.teacher.grid(int(image.shape[1]), int(image.shape[2])) for _, image in whole],
-        with_neck=job.manifest.codec.neck,
-    )
-    records: list[Record] = []
-    for (sample, _), answer in zip(whole, found, strict=True):
-        record = {name: value.cpu().numpy() for name, value in vars(answer).items() if isinstance(value, torch.Tensor)}
-        if not (np.isfinite(record["memory"]).all() and np.isfinite(record["logits"]).all()):
-            raise UserError(f"the teacher gave NaN or infinite values for image {sample.image_id}; check its weights")
-        records.append(record)
-    return records
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, (_, image) in enumerate(whole):
+        resized = job.teacher.info.input_size is not None
+        padded = () if resized else tuple(-(-side // PADDING_MULTIPLE) for side in image.shape[1:])
+        groups.setdefault(padded, []).append(index)
+    records: dict[int, Record] = {}
+    for indices in groups.values():
+        group = [whole[index] for index in indices]
+        found = answers(
+            job.teacher.run([image for _, image in group]),
+            [sample.targets for sample, _ in group],
+            [job.teacher.grid(int(image.shape[1]), int(image.shape[2])) for _, image in group],
+            with_neck=job.manifest.codec.neck,
+        )
+        records |= {index: _checked(answer, whole[index][0]) for index, answer in zip(indices, found, strict=True)}
+    return [records[index] for index in range(len(whole))]
+
+
+def _checked(answer: Answer, sample: Sample) -> Record:
+    """The arrays of an answer. UserError if they are not finite."""
+    record = {name: value.cpu().numpy() for name, value in vars(answer).items() if isinstance(value, torch.Tensor)}
+    if not (np.isfinite(record["memory"]).all() and np.isfinite(record["logits"]).all()):
+        raise UserError(f"the teacher gave NaN or infinite values for image {sample.image_id}; check its weights")
+    return record
 
 
 def token_fields(

@@ -160,6 +160,7 @@ def test_reader_equals_what_was_written(written: Written) -> None:
             np.testing.assert_array_equal(batch.level_shapes[index].numpy(), plan.table.level_shapes[row])
             for name in {"queries", "logits", "boxes_cxcywh", "quality", "assignment"} & record.keys():
                 np.testing.assert_array_equal(getattr(batch, name)[index].numpy(), record[name], err_msg=name)
+        assert len(batch.queries) == (len(rows) if manifest.codec.queries else 0)
     assert torch.equal(reader.constants["query_embeddings"], torch.arange(160.0).view(5, 32))
     reader.close()
 

@@ -14,7 +14,8 @@ from torchvision.ops import generalized_box_iou
 from common.boxes import cxcywh_to_xyxy
 from common.geometry import token_count
 from common.records import CachedBatch
-from student_train.distill_loss import at_student_layers, feature_loss, logits_losses, map_layers
+from student_train.distill_loss import at_student_layers, logits_losses, map_layers
+from student_train.feature_loss import align, feature_loss
 
 LAYERS, CLASSES, CHANNELS = 2, 5, 8
 STUDENT_QUERIES = 12
@@ -52,6 +53,12 @@ def draw_cached(
         quality=torch.rand(samples, layers, queries, generator=generator),
         assignment=assignment,
     )
+
+
+def loss_of(tokens: Tensor, level_shapes: list[tuple[int, int]], cached: CachedBatch) -> Tensor:
+    """`feature_loss` of a student with the teacher's levels."""
+    nothing_padded = torch.zeros(tokens.shape[:2], dtype=torch.bool)
+    return feature_loss(align(tokens, level_shapes, nothing_padded, (8, 16), cached), cached)
 
 
 def draw_student(samples: int) -> tuple[Tensor, Tensor]:
@@ -179,7 +186,7 @@ def test_feature_loss_is_the_weighted_mean_over_the_samples_own_tokens() -> None
             expected += error / (token_count(grid) * CHANNELS * len(shapes))
             start += height * width
     tokens = torch.cat([level.flatten(1, 2) for level in levels], dim=1)
-    torch.testing.assert_close(feature_loss(tokens, batch_shapes, cached).double(), expected, atol=0, rtol=1e-6)
+    torch.testing.assert_close(loss_of(tokens, batch_shapes, cached).double(), expected, atol=0, rtol=1e-6)
 
 
 def test_kept_tokens_estimate_the_loss_over_all() -> None:
@@ -187,10 +194,10 @@ def test_kept_tokens_estimate_the_loss_over_all() -> None:
     loss, within 1e-6 relative."""
     cached = draw_cached([1], 4, shapes=[[(6, 4), (3, 4)]])
     tokens = torch.randn(1, 36, CHANNELS, generator=torch.Generator().manual_seed(2))
-    dense = feature_loss(tokens, [(6, 4), (3, 4)], cached)
+    dense = loss_of(tokens, [(6, 4), (3, 4)], cached)
     order = torch.randperm(36, generator=torch.Generator().manual_seed(4)).view(4, 9)
     estimates = [
-        feature_loss(
+        loss_of(
             tokens,
             [(6, 4), (3, 4)],
             replace(

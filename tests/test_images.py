@@ -123,7 +123,7 @@ def test_the_fingerprint_is_of_the_picture_its_comment_describes() -> None:
     y, x = np.mgrid[0:40, 0:56]
     green = 215 - 3 * x - y + 40 * ((x // 5 + y // 5) % 2)
     formula = np.stack((4 * x + y, green, (x - 28) ** 2 // 8 + (y - 20) ** 2 // 4)).clip(0, 255)
-    decoded = images._decode(base64.b64decode(images._FINGERPRINT_JPEG), "built-in", None).numpy()
+    decoded = images.decode_image(base64.b64decode(images._FINGERPRINT_JPEG), "built-in", None).numpy()
     assert np.abs(decoded.astype(float) - formula).mean() < 10
 
 
@@ -132,7 +132,7 @@ def test_the_fingerprint_notices_another_resampler_or_decoder(monkeypatch: pytes
     fingerprint = pixel_fingerprint()
     assert pixel_fingerprint() == fingerprint
     assert len(fingerprint) == 64
-    decode = images._decode
+    decode = images.decode_image
     with monkeypatch.context() as patch:
         patch.setattr(augment, "_RESAMPLING", Image.Resampling.HAMMING)
         assert pixel_fingerprint() != fingerprint
@@ -143,7 +143,7 @@ def test_the_fingerprint_notices_another_resampler_or_decoder(monkeypatch: pytes
         return image
 
     with monkeypatch.context() as patch:
-        patch.setattr(images, "_decode", decode_otherwise)
+        patch.setattr(images, "decode_image", decode_otherwise)
         assert pixel_fingerprint() != fingerprint
     assert pixel_fingerprint() == fingerprint
 

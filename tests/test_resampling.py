@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch.nn.functional import grid_sample
 from common.geometry import level_shapes
 from common.records import CachedBatch, LevelShapes
 from common.resampling import bilinear_corners, match_levels, token_places, valid_shapes
-from student_train.distill_loss import feature_loss, resampled_feature_loss, same_levels
+from student_train.feature_loss import align, feature_loss, same_levels
 
 STRIDES = (8, 16, 32, 64)
 SIZES = ((200, 333), (416, 250), (320, 320))  # height and width of three samples, padded to a common multiple of 64
@@ -179,6 +180,10 @@ def loss_by_grid_sample(tokens: Tensor, shapes: LevelShapes, cached: CachedBatch
     return total
 
 
+def loss_of(tokens: Tensor, shapes: LevelShapes, mask: Tensor, strides: tuple[int, ...], cached: CachedBatch) -> Tensor:
+    return feature_loss(align(tokens, shapes, mask, strides, cached), cached)
+
+
 @pytest.mark.parametrize("resizes", [True, False])
 def test_resampled_loss_and_gradient_against_grid_sample(resizes: bool) -> None:
     """Batched loss and its gradient in the student's tokens against a loop over tokens with grid_sample, in float64:
@@ -188,7 +193,7 @@ def test_resampled_loss_and_gradient_against_grid_sample(resizes: bool) -> None:
     tokens = torch.randn(3, mask.shape[1], 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     tokens.requires_grad_()
     assert not same_levels(cached, STRIDES)
-    loss = resampled_feature_loss(tokens, shapes, mask, STRIDES, cached)
+    loss = loss_of(tokens, shapes, mask, STRIDES, cached)
     expected = loss_by_grid_sample(tokens, shapes, cached)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     (gradient,), (wanted,) = torch.autograd.grad(loss, tokens), torch.autograd.grad(expected, tokens)
@@ -196,15 +201,19 @@ def test_resampled_loss_and_gradient_against_grid_sample(resizes: bool) -> None:
     assert not gradient[mask].any()
 
 
-def test_equal_grids_give_the_plain_loss() -> None:
-    """A teacher of the student's own levels: interpolation and look-up agree to 1e-5, and look-up is what is used."""
+def test_equal_grids_are_looked_up() -> None:
+    """A teacher of the student's own levels: looked up, as the strides say, against interpolated, as it must be where
+    strides differ by a hair: 1e-4."""
     shapes, mask = padded()
     cached = make_cached(resizes=False, channels=4)
+    assert cached.level_strides is not None
+    nearly = replace(cached, level_strides=cached.level_strides * (1 + 1e-6))
     assert same_levels(cached, TEACHER_STRIDES)
+    assert not same_levels(nearly, TEACHER_STRIDES)
     shapes, mask = shapes[:3], mask[:, : sum(height * width for height, width in shapes[:3])]
     tokens = torch.randn(3, mask.shape[1], 4, generator=torch.Generator().manual_seed(2))
-    plain = feature_loss(tokens, shapes, cached)
-    torch.testing.assert_close(resampled_feature_loss(tokens, shapes, mask, TEACHER_STRIDES, cached), plain)
+    found, interpolated = (loss_of(tokens, shapes, mask, TEACHER_STRIDES, batch) for batch in (cached, nearly))
+    torch.testing.assert_close(found, interpolated, rtol=1e-4, atol=0)
 
 
 def test_levels_without_a_partner_do_not_count() -> None:
@@ -216,10 +225,10 @@ def test_levels_without_a_partner_do_not_count() -> None:
     cached = make_cached(resizes=False, channels=4)
     assert cached.level_strides is not None
     tokens = torch.randn(3, mask.shape[1], 4, generator=torch.Generator().manual_seed(3))
-    loss = resampled_feature_loss(tokens, shapes, mask, (32, 64), cached)
+    loss = loss_of(tokens, shapes, mask, (32, 64), cached)
     levels = token_places(cached.token_positions, samples_of(cached), cached.level_shapes, cached.level_strides).level
     cached.tokens[levels < 2] = 77.0
-    torch.testing.assert_close(resampled_feature_loss(tokens, shapes, mask, (32, 64), cached), loss)
+    torch.testing.assert_close(loss_of(tokens, shapes, mask, (32, 64), cached), loss)
     expected = 0.0
     for index, sample, level, row, column in each_token(cached):
         if level == 2:

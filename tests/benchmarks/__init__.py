@@ -16,7 +16,8 @@ from dataclasses import dataclass
 class Case:
     """Two ways to the same result: `ours` and `reference` are called in turn, once each before the clock starts.
 
-    `runs` is how often each is timed. `unit` says what one call does. Whatever either returns is dropped.
+    `runs` is how often each is timed. `unit` says what one call does. Whatever either returns is dropped. `before` is
+    called before each of them, outside the clock.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Case:
     reference: Callable[[], object]
     unit: str
     runs: int = 9
+    before: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,15 @@ def measure(case: Case) -> Result:
     ours, reference = [], []
     case.ours(), case.reference()
     for _ in range(case.runs):
-        ours.append(_time_s(case.ours))
-        reference.append(_time_s(case.reference))
+        ours.append(_time_s(case.ours, case.before))
+        reference.append(_time_s(case.reference, case.before))
     ours_s, reference_s = statistics.median(ours), statistics.median(reference)
     return Result(case.name, ours_s, reference_s, reference_s / ours_s, case.unit, case.runs)
 
 
-def _time_s(call: Callable[[], object]) -> float:
+def _time_s(call: Callable[[], object], before: Callable[[], object]) -> float:
     gc.collect()
+    before()
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

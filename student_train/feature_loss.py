@@ -1,0 +1,146 @@
+"""Feature distillation on cached tokens: `paper` on the encoder's output, `released` on the neck's (its input).
+
+Both are one weighted squared error between the student's features and the teacher's kept tokens. They differ in which
+features, in the weight map that phase one computed, and in what the sum is divided by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from common.geometry import token_positions_in_batch
+from common.records import CachedBatch, LevelShapes
+from common.resampling import bilinear_corners, match_levels, token_cells, token_places, valid_shapes
+from kernels import cached_feature_loss
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """The student's features, and which of them each of the teacher's S kept tokens is compared with.
+
+    features: (B, T, C) and offsets: (B + 1,), or (1, S, C) and (2,) where they were interpolated. positions: (S,) int64
+    into their T. sample: (S,). level: (S,) of the teacher's levels. level_matched: (B, levels) bool, False where the
+    student has no level like the teacher's. level_sizes: (levels,) float32, tokens of a sample in each of the teacher's
+    levels, padding included.
+    """
+
+    features: Tensor
+    positions: Tensor
+    offsets: Tensor
+    sample: Tensor
+    level: Tensor
+    level_matched: Tensor
+    level_sizes: Tensor
+
+    def matched(self) -> Tensor:
+        """(S,) bool: which of the teacher's tokens the student learns from."""
+        return self.level_matched[self.sample, self.level]
+
+    def rows(self) -> Tensor:
+        """(S, C): the student's features, one for each of the teacher's tokens."""
+        per_batch = 0 if len(self.features) == 1 else self.sample * self.features.shape[1]
+        return self.features.flatten(0, 1).index_select(0, per_batch + self.positions)
+
+
+def same_levels(cached: CachedBatch, strides: Sequence[int]) -> bool:
+    """Whether the student's levels, of these strides, are the teacher's, so that both have the same tokens."""
+    if cached.level_strides is None:
+        return True
+    own = cached.level_strides.new_tensor(strides).unsqueeze(1).expand(-1, 2)
+    return cached.level_strides.shape[1:] == own.shape and bool((cached.level_strides == own).all())
+
+
+def align(
+    tokens: Tensor, level_shapes: LevelShapes, token_mask: Tensor, strides: Sequence[int], cached: CachedBatch
+) -> Aligned:
+    """Find the student's features at the teacher's kept tokens.
+
+    Where both cut samples into the same grids they are the student's own tokens. Otherwise every teacher level is
+    matched with the student's level of nearest stride, relative to the sample, and the student's features are
+    interpolated at the teacher's token centres.
+
+    tokens: (B, T, C) of the student, in the teacher's width. level_shapes: of the padded batch. token_mask: (B, T) True
+    where padded. strides: of the student's levels.
+    """
+    samples, device = len(cached.token_offsets) - 1, tokens.device
+    sample = torch.repeat_interleave(torch.arange(samples, device=device), cached.token_offsets.diff())
+    level, _ = token_cells(cached.token_positions, sample, cached.level_shapes)
+    if same_levels(cached, strides):
+        grids = [[(height, width) for height, width in grid] for grid in cached.level_shapes.tolist()]
+        own = torch.cat([token_positions_in_batch(grid, level_shapes) for grid in grids]).to(device)
+        sizes = cached.level_shapes.prod(dim=-1).sum(dim=-1)
+        positions = own[(sizes.cumsum(0) - sizes)[sample] + cached.token_positions]
+        padded_sizes = torch.tensor(level_shapes, device=device, dtype=torch.float32).prod(dim=-1)
+        every_level = torch.ones(cached.level_shapes.shape[:2], dtype=torch.bool, device=device)
+        return Aligned(tokens, positions, cached.token_offsets, sample, level, every_level, padded_sizes)
+    assert cached.level_strides is not None
+    matched = match_levels(cached.level_strides, strides)  # (B, teacher levels)
+    own_level = matched[sample, level]
+    places = token_places(cached.token_positions, sample, cached.level_shapes, cached.level_strides)
+    filled = valid_shapes(token_mask, level_shapes)[sample, own_level.clamp(min=0)]
+    corners = bilinear_corners(places.centres_px, own_level.clamp(min=0), strides, level_shapes, filled)
+    interpolated = embedding_bag(
+        corners.indices + tokens.shape[1] * sample.unsqueeze(1),
+        tokens.flatten(0, 1),
+        per_sample_weights=corners.weights.to(tokens.dtype),
+        mode="sum",
+    )
+    return Aligned(
+        interpolated.unsqueeze(0),
+        torch.arange(len(sample), device=device),
+        torch.tensor([0, len(sample)], device=device),
+        sample,
+        level,
+        matched >= 0,
+        cached.level_shapes.amax(dim=0).prod(dim=-1).float(),
+    )
+
+
+def feature_loss(student: Aligned, cached: CachedBatch) -> Tensor:
+    """`paper`: mean over samples, their own tokens and channels of W(t) (F_T(t) - F_S(t))^2, on the encoder's output.
+
+    W = sum over decoder layers of the squared weight maps (arXiv 2211.10156, section 3.2), computed in phase one. Where
+    the cache keeps only some tokens, their weights W / pi make the sum an unbiased estimate of the one over all.
+    Tokens of levels that the student has no like of are left out of sum and mean.
+    """
+    samples, channels = len(cached.level_shapes), student.features.shape[-1]
+    counted = (cached.level_shapes.prod(dim=-1) * student.level_matched).sum(dim=1).clamp(min=1)
+    scale = student.matched() / (counted[student.sample] * channels * samples)
+    return cached_feature_loss(
+        student.features,
+        cached.tokens,
+        student.positions,
+        cached.token_weights * scale,
+        student.offsets,
+        scales=cached.token_scales,
+        channel_scale=cached.channel_scale,
+        channel_shift=cached.channel_shift,
+    )
+
+
+def neck_loss(student: Aligned, cached: CachedBatch) -> Tensor:
+    """`released`: sum over feature levels of the mean over the batch, channels and positions, padding included, of
+    W(t) (F_T(t) - F_S(t))^2, on the neck's features.
+
+    W: `common.targets.released_token_weights`. Padding counts in the mean, as in the released code; what the teacher
+    would have said there is not stored, so it adds nothing to the sum.
+    """
+    assert cached.neck is not None
+    assert cached.neck_weights is not None
+    samples, channels = len(cached.level_shapes), student.features.shape[-1]
+    scale = student.matched() / (student.level_sizes[student.level] * channels * samples)
+    return cached_feature_loss(
+        student.features,
+        cached.neck,
+        student.positions,
+        cached.neck_weights * scale,
+        student.offsets,
+        scales=cached.neck_scales,
+        channel_scale=cached.neck_channel_scale,
+        channel_shift=cached.neck_channel_shift,
+    )
