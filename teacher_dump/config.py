@@ -21,7 +21,7 @@ Config = TypeVar("Config")
 
 PRESETS: dict[PresetName, CodecInfo] = {
     "standard": CodecInfo("fp16", 1.0),
-    "compact": CodecInfo("int4", 0.2, queries=False),
+    "compact": CodecInfo("int4", 0.24, queries=False),
     "full": CodecInfo("fp32", 1.0, neck=True),
 }
 
@@ -71,7 +71,7 @@ class StoreOptions:
     out: Path = Path("store.zarr")
     """The store to write. An unfinished one of the same configuration is completed."""
     preset: PresetName = "standard"
-    """What the following are unless they are given. standard: fp16, all tokens. compact: int4, a fifth of the tokens,
+    """What the following are unless they are given. standard: fp16, all tokens. compact: int4, 24% of the tokens,
     no queries, a tenth of the bytes (docs/fidelity.md). full: fp32, all tokens and the neck's features, lossless and
     for every loss."""
     tokens: Annotated[TokenCodec | None, tyro.conf.arg(metavar="{fp32,fp16,int8,int4}", help_behavior_hint="")] = None
@@ -112,18 +112,18 @@ class DumpConfig:
     prune: python -m teacher_dump COMMAND ...
     """
 
-    data: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
-    teacher: Annotated[TeacherOptions, tyro.conf.arg(name="")] = field(default_factory=TeacherOptions)
-    store: Annotated[StoreOptions, tyro.conf.arg(name="")] = field(default_factory=StoreOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    teacher: TeacherOptions = field(default_factory=TeacherOptions)
+    store: StoreOptions = field(default_factory=StoreOptions)
 
 
 @dataclass(frozen=True)
 class PlanConfig:
     """Say what a dump with these options will write and cost, from annotations and parameters alone."""
 
-    data: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
-    teacher: Annotated[TeacherOptions, tyro.conf.arg(name="")] = field(default_factory=TeacherOptions)
-    store: Annotated[StoreOptions, tyro.conf.arg(name="")] = field(default_factory=StoreOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    teacher: TeacherOptions = field(default_factory=TeacherOptions)
+    store: StoreOptions = field(default_factory=StoreOptions)
     measure: int = 0
     """Batches to run through the teacher on this machine, to say how long it will take. 0 runs nothing."""
     student_epochs: int = 50
@@ -152,7 +152,7 @@ class VerifyConfig:
     """The store to read."""
     against_teacher: int = 0
     """Also run this many samples through the teacher again and compare; needs --teacher and --data."""
-    source: Annotated[SourceOptions, tyro.conf.arg(name="")] = field(default_factory=SourceOptions)
+    source: SourceOptions = field(default_factory=SourceOptions)
     threads: int = 4
     """Threads that read and check."""
 
@@ -163,7 +163,7 @@ class RepairConfig:
 
     store: StorePath
     """The store to mend."""
-    source: Annotated[SourceOptions, tyro.conf.arg(name="")] = field(default_factory=SourceOptions)
+    source: SourceOptions = field(default_factory=SourceOptions)
     skip_broken: bool = False
     """Go on where images cannot be decoded, as the dump's option of that name."""
     threads: int = 4
