@@ -88,7 +88,8 @@ def token_steps(token_scales: npt.NDArray[np.float16], statistics: ChannelStatis
 def pack_int4(quantised: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
     """(S, C) values in -8..7 as (S, C/2) bytes."""
     nibbles = quantised.view(np.uint8) & 15
-    return np.bitwise_or(nibbles[:, ::2], nibbles[:, 1::2] << 4, dtype=np.uint8)
+    packed: npt.NDArray[np.uint8] = np.bitwise_or(nibbles[:, ::2], nibbles[:, 1::2] << 4, dtype=np.uint8)
+    return packed
 
 
 def unpack_int4(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.int8]:

@@ -177,7 +177,7 @@ def prepare(setting: Setting, store: Path, steps: int) -> tuple[TrainConfig, Cac
         output = student(batch.images, batch.padding_mask)
         losses = losses_of(output, batch.targets, cached, setting.distillation)
         optimizer.zero_grad()
-        torch.stack(list(losses.values())).sum().backward()
+        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(student.parameters(), 0.1 if not setting.init else 1.0)
         optimizer.step()
         if number % 20 == 0:
