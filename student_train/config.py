@@ -8,9 +8,9 @@ from typing import Annotated, Literal, TypeVar
 
 import tyro
 
+from common.detr.presets import preset_named
 from common.errors import UserError
 from student_train.recipe import configured, read_recipe, recipe_of
-from student_train.students import student_named
 
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 OptionalStore = Annotated[str | None, tyro.conf.arg(metavar="STORE", help_behavior_hint="")]
@@ -183,7 +183,7 @@ class SpeedOptions:
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Automatic mixed precision."""
     compile: bool = False
-    """torch.compile the student: slower at first, faster later."""
+    """torch.compile the student's backbone and feed-forward layers: minutes at first, faster later."""
     similar_sizes: bool = True
     """Images of similar size share a step, which saves padding."""
 
@@ -248,7 +248,7 @@ class TrainConfig:
                 raise UserError(f"expected {flag} of {least} or more, found {value}")
         if optimisation.ema is not None and not 0 < optimisation.ema < 1:
             raise UserError(f"expected --ema between 0 and 1, such as 0.9997, found {optimisation.ema}")
-        student_named(self.model.student)
+        preset_named(self.model.student, "--student")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from common.detr.attention import FeedForward
 from common.detr.categories import Categories
+from common.detr.detector import DeformableDetr
 from common.detr.weights import save_detector
 from common.evaluate import CocoMetrics
 from common.runtime import Ranks, choose_device, log, read_ranks, seed_generators, start_logging, start_processes
@@ -73,11 +75,20 @@ def start(config: TrainConfig, data: Data, device: torch.device, ranks: Ranks) -
     scaler = torch.amp.GradScaler(device.type, enabled=config.speed.amp == "fp16")
     average = MovingAverage(student.detector, options.ema) if options.ema is not None else None
     if config.speed.compile:
-        student.compile(dynamic=True)
+        compile_parts(student.detector)
     model: nn.Module = student
     if ranks.world_size > 1:
         model = DistributedDataParallel(student, device_ids=[device] if device.type == "cuda" else None)
     return Training(student, model, optimizer, scaler, average)
+
+
+def compile_parts(detector: DeformableDetr) -> None:
+    """Compile what PyTorch can fuse, for images of any size: the backbone and the feed-forward layers, all of them
+    from one piece of code. The attention has kernels of its own."""
+    detector.backbone.compile(dynamic=True)
+    for module in detector.modules():
+        if isinstance(module, FeedForward):
+            module.compile(dynamic=True)
 
 
 def resume(training: Training, checkpoint: Checkpoint) -> None:

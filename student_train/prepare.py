@@ -15,6 +15,7 @@ from common.cache.schema import TeacherInfo
 from common.coco import Annotations, check_images, load_annotations, output_columns
 from common.detr.config import DetectorConfig
 from common.detr.detector import DeformableDetr
+from common.detr.presets import preset_named
 from common.detr.weights import load_backbone, load_detector
 from common.errors import UserError
 from common.images import pixel_fingerprint
@@ -26,7 +27,6 @@ from student_train.feed import CachedViews, Feed, FeedOptions, FreshViews
 from student_train.live import LiveTeacher
 from student_train.model import StudentInTraining
 from student_train.objective import needed_fields
-from student_train.students import student_named
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def student_config(options: ModelOptions, classes: int, pretrained_backbone: boo
         "decoder_layers": options.decoder_layers,
     }
     chosen = {name: size for name, size in sizes.items() if size is not None}
-    config = student_named(options.student)(classes, refine=options.refine, two_stage=options.two_stage, **chosen)
+    preset = preset_named(options.student, "--student")
+    config = preset(classes, refine=options.refine, two_stage=options.two_stage, **chosen)
     return replace(config, pretrained_backbone=pretrained_backbone)
 
 
@@ -129,7 +130,7 @@ def prepare_student(config: TrainConfig, data: Data) -> StudentInTraining:
     elif reader is not None:
         teacher, sizes = reader.manifest.teacher, reader.table.augmentation[:, 5:7]
         queries = reader.constants.get("query_embeddings")
-        check_neck(reader, distillation)
+        check_fields(reader, distillation)
     else:
         return StudentInTraining(detector, distillation.without_losses(), detector.config.width, None)
     if distillation.needs_memory or distillation.needs_neck:
@@ -155,8 +156,8 @@ def prepare_live(path: Path, data: Data) -> LiveTeacher:
     return LiveTeacher(model, info, output_columns(data.train.category_ids, model.config.num_classes))
 
 
-def check_neck(reader: CacheReader, options: DistillationOptions) -> None:
-    """UserError where a loss needs the neck's features or the queries and the store does not hold them."""
+def check_fields(reader: CacheReader, options: DistillationOptions) -> None:
+    """UserError where a loss needs what the store does not hold: the neck's features, or the queries."""
     if options.weights.contrastive and not reader.manifest.codec.queries:
         raise UserError(
             "expected a store with the teacher's queries, from which the contrastive loss learns, found"

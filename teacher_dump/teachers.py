@@ -8,7 +8,7 @@ import torch
 
 from common.coco import Annotations
 from common.detr.detector import DeformableDetr
-from common.detr.presets import PRESETS
+from common.detr.presets import preset_named
 from common.detr.weights import load_detector
 from common.errors import UserError
 from common.runtime import log
@@ -54,9 +54,7 @@ def load_teacher(
 
 
 def _random_detector(name: str, classes: int, seed: int, device: torch.device) -> DeformableDetr:
-    preset = PRESETS.get(name.removeprefix(RANDOM))
-    if preset is None:
-        raise UserError(f"expected {RANDOM} followed by one of {', '.join(PRESETS)}, found {name}")
+    preset = preset_named(name.removeprefix(RANDOM), f"--teacher {RANDOM}")
     if device.type == "meta":  # shapes without numbers, all that a plan needs
         with device:
             return DeformableDetr(preset(classes))

@@ -118,12 +118,13 @@ def test_a_run_repeats_itself(tmp_path_factory: pytest.TempPathFactory, tmp_path
     assert (going_on.output.out / str(going_on.output.name), going_on.output.resume) == (record.parent, True)
 
 
-def test_the_help_fits_a_head() -> None:
-    """`--help` has a group for each purpose, none longer than a dozen flags but one, and every flag explained."""
+def test_the_help_fits_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--help` has a group for each purpose, and all of it is below 160 lines of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
         parse_train(["--help"])
     text = printed.getvalue()
     for group in ("data", "model", "distillation", "optimisation", "speed", "output"):
-        assert f"─ {group} options ─" in text
+        assert f" {group} options " in text
     assert len(text.splitlines()) < 160

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 from common.detr.presets import PRESETS
 from common.errors import UserError
-from student_train import loop, students
+from student_train import loop
 from student_train.checkpoint import checkpoints, load_checkpoint
 from student_train.config import SpeedOptions, TrainConfig
 from student_train.interruption import Interrupted
@@ -34,9 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def dropout() -> Iterator[None]:
     """Random numbers count in every step."""
-    small = {"tiny_channels": (9, 12, 24, 48, 96), "tiny_blocks": 1, "dropout": 0.1}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(students.STUDENTS, "tiny", lambda classes, **sizes: PRESETS["tiny"](classes, **sizes, **small))
+        patch.setitem(PRESETS, "tiny", partial(PRESETS["tiny"], dropout=0.1))
         yield
 
 

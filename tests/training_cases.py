@@ -44,7 +44,7 @@ def make_store(folder: Path) -> Path:
 
     draw_data_set(folder / "scenes", train_images=IMAGES, val_images=4)
     torch.manual_seed(0)
-    save_detector(folder / "teacher.safetensors", DeformableDetr(PRESETS["tiny"](7, queries=20)))
+    save_detector(folder / "teacher.safetensors", DeformableDetr(PRESETS["tiny_teacher"](7, queries=20)))
     data = DumpDataOptions(folder / "scenes", views=2, sizes=(SIDE,), workers=1)
     teacher = TeacherOptions(str(folder / "teacher.safetensors"), device="cpu")
     run_dump(DumpConfig(data, teacher, StoreOptions(folder / "store.zarr", neck=True)))
