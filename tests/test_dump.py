@@ -95,12 +95,12 @@ def test_store_is_what_the_teacher_says(scenes: Path, tmp_path: Path) -> None:
 
 
 def test_real_images_with_crops(coco_nano: Path, tmp_path: Path) -> None:
-    """COCO images of different sizes with the recipe's crops: as above, but run in the batches of the plan. Group
-    normalisation sees the padding of a batch, so a sample's features depend on the batch's largest, as in training."""
+    """COCO images of different sizes with the recipe's crops, dumped in batches of two: as above. Group normalisation
+    sees the padding of a batch, so this holds only because no sample is padded more than it would be alone."""
     out = tmp_path / "s.zarr"
     arguments = ("--teacher", TEACHER, "--device", "cpu", "--tokens", "fp32", "--batch-size", "2", "--out", out)
     assert command("--data", coco_nano, *arguments) == 0
-    check_against_teacher(coco_nano, out, [[0, 1], [22, 23]])
+    check_against_teacher(coco_nano, out, [[0], [1], [22], [23]])
 
 
 @pytest.mark.parametrize("options", [(), ("--tokens", "int8", "--keep-tokens", "0.3", "--views", "3")], ids=str)

@@ -265,12 +265,15 @@ def mistakes(folder: Path) -> list[tuple[str, Callable[[], object]]]:
         config = configuration(folder, folder, options, store)
         return prepare_student(config, prepare_data(config.data))
 
+    no_queries = StoreOptions(folder / "no_queries.zarr", neck=True, queries=False)
+    run_dump(DumpConfig(scenes, teacher, no_queries))
     some_tokens = StoreOptions(folder / "x.zarr", keep_tokens=0.5, neck=True)
     run_dump(DumpConfig(scenes, teacher, StoreOptions(folder / "plain.zarr")))
     return [
         ("is not the teacher teacher.safetensors", lambda: start("full.zarr", DistillationOptions(live_teacher=other))),
         ("--preset full, or use --feature-weight 0", lambda: start("plain.zarr", DistillationOptions("released"))),
         ("--preset full, or use --fgd-weight 0", lambda: start("plain.zarr", DistillationOptions(fgd_weight=1.0))),
+        ("or use --contrastive-weight 0", lambda: start("no_queries.zarr", DistillationOptions("released"))),
         ("expected all tokens with the neck", lambda: run_dump(DumpConfig(scenes, teacher, some_tokens))),
     ]
 
