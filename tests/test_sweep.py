@@ -199,7 +199,7 @@ def test_interrupted_and_failed_runs(tmp_path: Path, scenes: Path, monkeypatch: 
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     first, _ = read_sweep(file)
-    (checkpoint,) = checkpoints(RunFolder(tmp_path / "runs" / "a", writes=False).checkpoints)
+    checkpoint, *_ = checkpoints(RunFolder(tmp_path / "runs" / "a", writes=False).checkpoints)
     steps = int(checkpoint.stem.removeprefix("step-"))
     assert state_of(first) == "interrupted"
 
