@@ -65,15 +65,9 @@ def cases() -> Iterator[Case]:
     with tempfile.TemporaryDirectory(prefix="bench-cache-") as folder:
         for kind in KINDS:
             records = Records(kind, Path(folder) / kind.name.replace(" ", ""))
-            for name in (
-                "pread",
-                "zarr-python",
-                "LitData",
-                "safetensors",
-                "h5py",
-                "np.memmap",
-                "np.memmap, new batches",
-            ):
+            yield _warm(records, "pread")
+            yield _warm(records, "pread", verify="always")
+            for name in (*WAYS, "np.memmap, new batches"):
                 yield _warm(records, name)
             yield _cold(records)
             shutil.rmtree(records.folder, ignore_errors=True)
