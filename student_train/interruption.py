@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -28,7 +29,10 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Note signals inside this block, instead of dying of them. (Only the main thread can.)"""
+        """Note signals inside this block, instead of dying of them. (Only the main thread can: others do without.)"""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
             yield self
