@@ -64,7 +64,7 @@ $(DEMO)/runs/distilled/finished: LOSSES := --logits-weight 0.2 --feature-weight 
 $(DEMO)/runs/%/finished: | $(DEMO)/dumped
 	$(BIN)/python -m student_train --cache $(DEMO)/store.zarr --data $(DEMO)/data --student tiny --init $(TEACHER) \
 		--batch-size 16 --lr 1e-3 --schedule cosine --warmup-steps 100 --max-steps 700 --epochs 12 --eval-every 3 \
-		--out $(DEMO)/runs --name $* $(LOSSES) $(if $(wildcard $(DEMO)/runs/$*/last.pt),--resume)
+		--out $(DEMO)/runs --name $* $(LOSSES) $(if $(wildcard $(DEMO)/runs/$*/checkpoints),--resume)
 	touch $@
 
 $(DEMO)/detections.png: $(addsuffix /finished,$(RUNS))
