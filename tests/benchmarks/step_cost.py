@@ -2,12 +2,12 @@
 
 One step is forward, losses, backward and AdamW on a batch of two 480 x 640 images, all targets at hand (reading a store
 goes on beside the step; its own benchmark is elsewhere). The ways are run in turn, so that whatever else the machine
-does falls on all of them alike; what counts is each way's median over plain's. Memory is the peak of a process of its
-own (on a GPU, what torch allocated) for each way.
+does falls on all of them alike. What counts is each way's median over plain's: of CPU seconds on the CPU, which others
+on the machine do not lengthen, of seconds on a GPU. Memory is the peak of a process of its own for each way (on a GPU,
+what torch allocated).
 
 plain: detection loss alone. cached: logits and feature distillation. cached+group: with the assignment group. live: as
-cached, with the teacher's forward pass in every step. live+group likewise. alternating: plain and cached+group in turn,
-for students that distil in every other step; it says what a step costs on average.
+cached, with the teacher's forward pass in every step. live+group likewise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,7 +43,7 @@ OPTIONS = {
     "live": DistillationOptions(assignment_weight=0.0),
     "live+group": DistillationOptions(),
 }
-WAYS = (*OPTIONS, "alternating")
+WAYS = tuple(OPTIONS)
 TEACHERS = {"tiny": "tiny"}  # of the others: R-101
 
 
@@ -64,7 +63,6 @@ class Steps:
         self.targets = [target.to(device) for target in batch.targets]
         self.device = device
 
-        needed = {part for way in ways for part in (("plain", "cached+group") if way == "alternating" else (way,))}
         teacher = TEACHERS.get(student, "r101")
         with torch.device("meta"):
             shape = DeformableDetr(PRESETS[teacher](CLASSES))
@@ -72,18 +70,15 @@ class Steps:
         queries = torch.randn(info.queries, 2 * info.channels, generator=generator)
         self.cached = draw_records(info, generator, device)
         live = None
-        if needed & {"live", "live+group"}:
+        if any("live" in way for way in ways):
             live = LiveTeacher(DeformableDetr(PRESETS[teacher](CLASSES)), info, range(CLASSES))
         self.students = {}
-        for way in OPTIONS:
-            if way in needed:
-                torch.manual_seed(0)
-                detector = DeformableDetr(PRESETS[student](CLASSES)).to(device)
-                teacher_of_way = live if "live" in way else None
-                model = StudentInTraining(detector, OPTIONS[way], info.channels, queries, teacher_of_way)
-                model.to(device).train()
-                optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-                self.students[way] = model, optimizer
+        for way in ways:
+            torch.manual_seed(0)
+            detector = DeformableDetr(PRESETS[student](CLASSES))
+            beside = live if "live" in way else None
+            model = StudentInTraining(detector, OPTIONS[way], info.channels, queries, beside).to(device).train()
+            self.students[way] = model, torch.optim.AdamW(model.parameters(), lr=1e-6)
 
     def step(self, way: str) -> None:
         model, optimizer = self.students[way]
@@ -96,11 +91,6 @@ class Steps:
         optimizer.step()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-
-    def call(self, way: str) -> Callable[[], None]:
-        if way != "alternating":
-            return lambda: self.step(way)
-        return lambda: (self.step("plain"), self.step("cached+group"))[0]
 
 
 def draw_records(info: TeacherInfo, generator: torch.Generator, device: torch.device) -> CachedBatch:
@@ -134,15 +124,16 @@ def draw_records(info: TeacherInfo, generator: torch.Generator, device: torch.de
 
 
 def time_steps(student: str, device: torch.device, runs: int) -> dict[str, float]:
-    """Median seconds of a step in each way."""
+    """Median seconds of a step in each way: the CPU's own, or passed with a GPU."""
     steps = Steps(student, device, WAYS)
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     for run in range(runs + 1):
         for way in WAYS:
-            begun = time.perf_counter()
-            steps.call(way)()
+            begun = clock()
+            steps.step(way)
             if run:  # the first warms up
-                times[way].append((time.perf_counter() - begun) / (2 if way == "alternating" else 1))
+                times[way].append(clock() - begun)
     return {way: statistics.median(seconds) for way, seconds in times.items()}
 
 
@@ -158,7 +149,7 @@ def print_peak(student: str, device: torch.device, way: str) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
-        steps.call(way)()
+        steps.step(way)
     # Not getrusage's: a child's begins with what its parent had.
     status = Path("/proc/self/status").read_text()
     on_host = 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
@@ -170,7 +161,7 @@ def main() -> None:
     parser.add_argument("--students", nargs="+", default=["tiny", "r18", "r50"])
     parser.add_argument("--runs", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU; more spin (default: %(default)s)")
     parser.add_argument("--memory", action="store_true", help="measure peak memory too, a process for each way")
     parser.add_argument("--out", type=Path, default=Path("build/step_cost.json"), help="default: %(default)s")
     parser.add_argument("--peak", metavar="WAY", help="print the peak memory in bytes of steps in this way, and end")
@@ -187,8 +178,7 @@ def main() -> None:
     for student in arguments.students:
         seconds, peaks = time_steps(student, device, arguments.runs), {}
         if arguments.memory:
-            ways = (way for way in WAYS if way != "alternating")
-            peaks = {way: peak_bytes(student, arguments.device, way, arguments.threads) for way in ways}
+            peaks = {way: peak_bytes(student, arguments.device, way, arguments.threads) for way in WAYS}
         for way in WAYS:
             times = f"{seconds[way]:8.3f}s {seconds[way] / seconds['plain']:9.2f}"
             peak = f"{peaks[way] / 1e6:7.0f}MB {peaks[way] / peaks['plain']:9.2f}" if way in peaks else ""
