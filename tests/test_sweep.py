@@ -141,10 +141,10 @@ def command(file: Path, *more: str) -> list[str]:
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
 
-def test_a_sweep_does_skips_and_goes_on(tmp_path: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_does_and_skips(tmp_path: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs in parallel by the command line: a table of both, a log, metrics and TensorBoard events in each folder.
-    The same command again starts nothing. Lengthened, both go on where they stood, in turn. With another learning rate
-    under the same name: UserError."""
+    The same command again starts nothing; lengthened, both are to go on. With another learning rate under the same
+    name: UserError."""
     file = plan(tmp_path, scenes)
     done = subprocess.run(
         command(file, "--parallel", "2"), env=ENVIRONMENT, capture_output=True, text=True, check=False
@@ -167,11 +167,6 @@ def test_a_sweep_does_skips_and_goes_on(tmp_path: Path, scenes: Path, monkeypatc
 
     plan(tmp_path, scenes, steps=3)
     assert [state_of(config) for config in read_sweep(file)] == ["interrupted", "interrupted"]
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    sweep(SweepConfig(file))
-    lines = [json.loads(line) for line in (tmp_path / "runs" / "a" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
-    assert list(events(tmp_path / "runs" / "a")) == [1, 2, 3]
 
     file.write_text(file.read_text().replace("lr = 1e-3", "lr = 2e-3"))
     with pytest.raises(UserError, match=r"runs/b was started with another optimisation\.lr"):
@@ -212,4 +207,7 @@ def test_interrupted_and_failed_runs(tmp_path: Path, scenes: Path, monkeypatch: 
     assert done.returncode == 2
     assert "1 of 3 runs failed (c)" in done.stderr
     assert [state_of(config) for config in read_sweep(file)] == ["finished", "finished", "new"]
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, steps + 2))
+    assert list(events(metrics.parent)) == list(range(1, steps + 2))
     assert "nothing" in (tmp_path / "runs" / "c" / "log.txt").read_text()
