@@ -63,7 +63,7 @@ $(DEMO)/runs/plain/finished: LOSSES := --logits-weight 0 --feature-weight 0 --as
 $(DEMO)/runs/distilled/finished: LOSSES := --logits-weight 0.2 --feature-weight 100 --assignment-weight 1
 $(DEMO)/runs/%/finished: | $(DEMO)/dumped
 	$(BIN)/python -m student_train --cache $(DEMO)/store.zarr --data $(DEMO)/data --student tiny --init $(TEACHER) \
-		--batch-size 16 --lr 1e-3 --schedule cosine --warmup-steps 100 --max-steps 700 --epochs 12 --eval-every 3 \
+		--batch-size 16 --lr 1e-3 --schedule cosine --warmup-steps 100 --max-steps 600 --epochs 10 --eval-every 4 \
 		--out $(DEMO)/runs --name $* $(LOSSES) $(if $(wildcard $(DEMO)/runs/$*/checkpoints),--resume)
 	touch $@
 

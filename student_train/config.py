@@ -248,7 +248,7 @@ class TrainConfig:
                 raise UserError(f"expected {flag} of {least} or more, found {value}")
         if optimisation.ema is not None and not 0 < optimisation.ema < 1:
             raise UserError(f"expected --ema between 0 and 1, such as 0.9997, found {optimisation.ema}")
-        preset_named(self.model.student, "--student")
+        preset_named(self.model.student, "--student ")
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def student_config(options: ModelOptions, classes: int, pretrained_backbone: boo
         "decoder_layers": options.decoder_layers,
     }
     chosen = {name: size for name, size in sizes.items() if size is not None}
-    preset = preset_named(options.student, "--student")
+    preset = preset_named(options.student, "--student ")
     config = preset(classes, refine=options.refine, two_stage=options.two_stage, **chosen)
     return replace(config, pretrained_backbone=pretrained_backbone)
 

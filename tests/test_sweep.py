@@ -120,7 +120,7 @@ def unusual() -> TrainConfig:
         ("[default]\n[[run]]\nname = 'a'", r"found 'default', the nearest is 'defaults'"),
         ("[[run]]\nname = 'a'\nbatchsize = 4", r"\[\[run\]\] a: unknown key 'batchsize', the nearest is 'batch-size'"),
         ("[[run]]\nname = 'a'\nbatch-size = 'four'", r"\[\[run\]\] a: batch-size = 'four'"),
-        ("[[run]]\nname = 'a'\nstudent = 'r19'", r"found 'r19': is it r1?8"),
+        ("[[run]]\nname = 'a'\nstudent = 'r19'", r"found --student r19: is it r1?8"),
         ("[[run]]\nstudent = 'r18'", r"\[\[run\]\] 1: expected a name"),
         ("[[run]]\nname = 'a'\n[[run]]\nname = 'a'", r"expected every name once, found 2 runs for runs/a"),
         ("[run]\nname = 'a'", r"expected at least one \[\[run\]\] table"),

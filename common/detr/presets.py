@@ -40,12 +40,12 @@ PRESETS: dict[str, Callable[..., DetectorConfig]] = {
 def preset_named(name: str, flag: str) -> Callable[..., DetectorConfig]:
     """The preset `name`; "timm:NAME" is the recipe's detector on that backbone of timm's.
 
-    UserError with the nearest name, as the value of `flag`.
+    flag: what stands before the name on the command line. UserError with the nearest name.
     """
     if name.startswith("timm:"):
         return partial(DetectorConfig, name)
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f": is it {near[0]}?" if near else ""
-        raise UserError(f"expected {flag} {', '.join(PRESETS)} or timm:NAME, found {name!r}{hint}")
+        raise UserError(f"expected {flag}{'|'.join(PRESETS)}|timm:NAME, found {flag}{name}{hint}")
     return PRESETS[name]
