@@ -75,7 +75,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     """A name timm does not know, a backbone of a single stride, one of a single image size, another network's file."""
-    with pytest.raises(UserError, match=r"found --student resnet10: is it resnet1.*\?"):
+    with pytest.raises(UserError, match=r"found 'resnet10': is it resnet1.*\?"):
         build_backbone("timm:resnet10")
     with pytest.raises(UserError, match="timm's vit_tiny_patch16_224 has not"):
         build_backbone("timm:vit_tiny_patch16_224")
