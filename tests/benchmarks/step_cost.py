@@ -72,16 +72,17 @@ class Steps:
         live = None
         if any("live" in way for way in ways):
             live = LiveTeacher(DeformableDetr(PRESETS[teacher](CLASSES)), info, range(CLASSES))
-        self.students = {}
-        for way in ways:
-            torch.manual_seed(0)
-            detector = DeformableDetr(PRESETS[student](CLASSES))
-            beside = live if "live" in way else None
-            model = StudentInTraining(detector, OPTIONS[way], info.channels, queries, beside).to(device).train()
-            self.students[way] = model, torch.optim.AdamW(model.parameters(), lr=1e-6)
+        detector = DeformableDetr(PRESETS[student](CLASSES)).to(device).train()  # one for all, to save memory
+        self.optimizer = torch.optim.AdamW(detector.parameters(), lr=1e-6)
+        self.students = {
+            way: StudentInTraining(detector, OPTIONS[way], info.channels, queries, live if "live" in way else None).to(
+                device
+            )
+            for way in ways
+        }
 
     def step(self, way: str) -> None:
-        model, optimizer = self.students[way]
+        model, optimizer = self.students[way], self.optimizer
         optimizer.zero_grad()
         output = model(self.images, self.mask)
         cached = self.cached if "cached" in way else None
