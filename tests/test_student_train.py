@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,16 @@ from student_train import loop
 from student_train.config import DistillationOptions, ModelOptions, OptimisationOptions
 from student_train.prepare import prepare_data, prepare_feed
 from student_train.step import agree, train_step
-from tests.training_cases import PLAIN, SIDE, configuration, make_store, run_command_line, start_process, steps_of
+from tests.training_cases import (
+    PLAIN,
+    REPOSITORY,
+    SIDE,
+    configuration,
+    make_store,
+    run_command_line,
+    start_process,
+    steps_of,
+)
 
 CPU = torch.device("cpu")
 
@@ -32,28 +42,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(arguments: list[object], output: Path) -> str:
-    """What `python -m student_train` prints in a process of its own, without importing anything of phase one."""
-    process = start_process(command_alone, [str(argument) for argument in arguments], output)
+    """What `python -m student_train` prints in a process of its own."""
+    process = start_process(run_command_line, [str(argument) for argument in arguments], output)
     process.join()
     printed = output.read_text()
     assert process.exitcode == 0, printed
     return printed
 
 
-def command_alone(arguments: list[str], output: Path) -> None:
-    run_command_line(arguments, output)
-    assert not [name for name in sys.modules if name.startswith("teacher_dump")]
+ALONE = """
+import sys
+from student_train.__main__ import main
+main()
+assert not [name for name in sys.modules if name.startswith("teacher_dump")]
+"""
 
 
 def test_the_command_trains_from_the_cache_alone(folder: Path, tmp_path: Path) -> None:
-    """The command line in a process of its own, the teacher's file deleted: it ends with an AP line and leaves a whole
+    """The command line in a new interpreter, the teacher's file deleted: it ends with an AP line and leaves a whole
     run, whose losses are all there, and says where the time went; `teacher_dump` is never imported."""
     arguments: list[object] = [
         "--cache", folder / "store.zarr", "--data", folder / "scenes", "--student", "tiny", "--epochs", "1",
         "--batch-size", "4", "--out", tmp_path, "--name", "run", "--workers", "1", "--device", "cpu",
         "--log-every", "2",
     ]  # fmt: skip
-    printed = run(arguments, tmp_path / "printed.txt")
+    command = [sys.executable, "-c", ALONE, *map(str, arguments)]
+    ended = subprocess.run(command, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    printed = ended.stdout
+    assert ended.returncode == 0, printed
     assert printed.splitlines()[-1].startswith("AP ")
     assert "the bottleneck is" in printed
     assert "step 2/3  loss" in printed
