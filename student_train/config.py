@@ -20,7 +20,7 @@ OptionalInts = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ..."
 OptionalName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 Config = TypeVar("Config")
 
-MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+MARKERS = (tyro.conf.OmitArgPrefixes,)
 RECIPE_BATCH_SIZE = 32  # for which the learning rate is meant
 
 
@@ -205,6 +205,8 @@ class OutputOptions:
     """Steps between lines of the log; 0 for none."""
     eval_every: int = 1
     """Epochs between evaluations; 0 evaluates at the end only."""
+    track: Annotated[Literal["wandb", "mlflow"] | None, tyro.conf.arg(help_behavior_hint="")] = None
+    """Also report to Weights & Biases or MLflow, whose package has to be installed."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 

@@ -18,7 +18,7 @@ from common.evaluate import CocoMetrics
 from common.runtime import software_versions
 from student_train.checkpoint import write_atomically, write_json
 from student_train.config import TrainConfig
-from student_train.tracking import EventFile
+from student_train.tracking import TRACKERS, EventFile, Tracker
 
 TIME = "%Y-%m-%dT%H:%M:%S%z"
 RUN, METRICS = "run.json", "metrics.jsonl"  # how a run was started; a line for each step and evaluation
@@ -40,6 +40,7 @@ class RunFolder:
         self.metrics = path / METRICS
         self.record = path / RUN
         self._events = EventFile(path)
+        self._tracker: Tracker | None = None
 
     def start(self, config: TrainConfig, manifest: Manifest | None, parameters: int) -> None:
         """Make the folder and record what decides the run. UserError if another run is there already."""
@@ -47,6 +48,7 @@ class RunFolder:
             return
         if self.record.exists():
             raise UserError(f"{self.path} holds a run already: choose another --name, or continue it with --resume")
+        self._track(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -69,6 +71,7 @@ class RunFolder:
         if not self._writes:
             return
         record = self._check_same(config)
+        self._track(config)
         record["continued"] = [*record.get("continued", []), _circumstances()]
         write_json(self.record, record)
 
@@ -100,6 +103,8 @@ class RunFolder:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             self._events.add(line)
+            if self._tracker is not None:
+                self._tracker.add(line)
 
     def finish(self, config: TrainConfig) -> None:
         """Note that the run has come to the end that its configuration sets."""
@@ -107,6 +112,12 @@ class RunFolder:
             record = json.loads(self.record.read_text(encoding="utf-8"))
             record["finished"] = {"time": time.strftime(TIME), **_length(config)}
             write_json(self.record, record)
+            if self._tracker is not None:
+                self._tracker.close()
+
+    def _track(self, config: TrainConfig) -> None:
+        if config.output.track is not None:
+            self._tracker = TRACKERS[config.output.track](self.path.name, as_json(config))
 
     def is_finished(self, config: TrainConfig) -> bool:
         """Whether there is nothing left to do. UserError if there is no run, or one of another configuration."""

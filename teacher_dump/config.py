@@ -10,10 +10,10 @@ import tyro
 
 from common.cache.schema import CodecInfo, Rounding, TokenCodec
 
-OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
-OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
-OptionalSize = Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="HEIGHT WIDTH")]
-OptionalInts = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...")]
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+OptionalSize = Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="HEIGHT WIDTH", help_behavior_hint="")]
+OptionalInts = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...", help_behavior_hint="")]
 StorePath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
 NewStorePath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
 PresetName = Literal["standard", "compact", "full"]
@@ -194,9 +194,9 @@ class TranscodeConfig:
     """The complete store to read. With fp32 and all tokens, the result equals a dump's to the bit."""
     out: NewStorePath
     """The store to write. An unfinished one of the same configuration is completed."""
-    tokens: TokenCodec | None = None
+    tokens: Annotated[TokenCodec | None, tyro.conf.arg(help_behavior_hint="")] = None
     """How token features are stored. (default: as in the store that is read)"""
-    keep_tokens: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    keep_tokens: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
     """Fraction of each sample's tokens to keep. (default: as in the store that is read)"""
     rounding: Rounding = "nearest"
     """Of tokens that become int8 or int4: nearest has the smaller error, stochastic none on average."""
@@ -229,4 +229,4 @@ class PruneConfig:
 
 def parse(config: type[Config], arguments: list[str], prog: str) -> Config:
     """Read the command line. A mistake in it ends the process with status 2 and the nearest option's name."""
-    return tyro.cli(config, args=arguments, prog=prog, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+    return tyro.cli(config, args=arguments, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
