@@ -101,15 +101,17 @@ class DetectorOutput:
 class CachedBatch:
     """A batch of records as it leaves the store: still quantised, ragged over tokens.
 
-    tokens: (S, C) float32, float16 or int8, or (S, C/2) uint8 of two int4 each, the kept tokens of all samples one
-    after another. token_scales: (S, G) float16, one for each group of C/G channels, and channel_scale, channel_shift:
-    (C,) float32 decode int8 and int4 as q * token_scale * channel_scale + channel_shift; None for floats.
+    tokens: (S, C) float32, float16 or int8, or uint8 of two int4 (S, C/2) or four int2 (S, C/4) each, the kept tokens
+    of all samples one after another. token_scales: (S, G) float16, one for each group of C/G channels, and
+    channel_scale, channel_shift: (C,) float32 decode int8, int4 and int2 as
+    q * token_scale * channel_scale + channel_shift; None for floats.
     token_positions: (S,) int32, index of each token in its own sample's unpadded T. token_weights: (S,) float32,
     W(t)/pi(t), so that sum(weight * squared error) over kept tokens estimates the sum over all tokens.
     token_offsets: (B + 1,) int64 into S. level_shapes: (B, levels, 2) int64, each sample's own unpadded grids.
     level_strides: (B, levels, 2) float32, pixels of the sample from token to token, down and across: the teacher's
     strides, scaled where it resized the sample to its own input; None if they are the student's.
-    queries (B, L, Q, C), logits (B, L, Q, K), boxes_cxcywh (B, L, Q, 4), quality (B, L, Q) in 0..1, all floating;
+    queries (B, L, Q, C), logits (B, L, Q, K), boxes_cxcywh (B, L, Q, 4), quality (B, L, Q) in 0..1, all floating, or
+    logits as uint8 codes, which cache.codec.decode_logits turns into floats;
     assignment (B, L, Q) int64: which ground-truth box the teacher's own Hungarian matching gave the query, -1 for none.
     neck (T, C), neck_scales, neck_channel_scale, neck_channel_shift: the encoder's input, as tokens is its output;
     neck_weights (T,) float32, the weight map of the released code. None unless the store holds them, with all tokens.

@@ -32,8 +32,9 @@ def cached_feature_loss(
     were kept. The caller folds every normalisation into the weights.
 
     student: (B, T, C) float32, bf16 or fp16, the only input with a gradient. tokens: (S, C) float32, float16 or
-    int8, or (S, C/2) uint8 holding two int4 in -8..7 each, in two's complement: the even channel in the low nibble, the
-    odd one in the high nibble. positions: (S,) int64 into the T of the (padded) student; those of one sample are all
+    int8; (S, C/2) uint8 holding two int4 in -8..7 each, in two's complement: the even channel in the low nibble, the
+    odd one in the high nibble; or (S, C/4) uint8 holding four int2, each -3, -1, 1 or 3 as (q + 3) / 2, from the lowest
+    bits to the highest. positions: (S,) int64 into the T of the (padded) student; those of one sample are all
     different. weights: (S,) float32. offsets: (B+1,) int64: tokens offsets[b]:offsets[b+1] belong to sample b. scales:
     (S, G) float16 or float32, one for each group of C/G neighbouring channels. channel_scale, channel_shift: (C,). What
     is None is left out. Returns a float32 scalar (float64 for a float64 student).
@@ -148,11 +149,14 @@ def _check(
         raise ValueError(f"student must be floating and (B, T, C), got {student.dtype} {tuple(student.shape)}")
     batch, _, channels = student.shape
     if tokens.dtype not in (torch.float32, torch.float16, torch.int8, torch.uint8):
-        raise ValueError(f"tokens must be float32, float16, int8 or uint8 (two int4), got {tokens.dtype}")
-    stored = channels // 2 if tokens.dtype == torch.uint8 else channels
-    kept = positions.shape[0]
+        raise ValueError(f"tokens must be float32, float16, int8 or uint8 (two int4 or four int2), got {tokens.dtype}")
+    packed, kept = 1, positions.shape[0]  # channels in an element
+    if tokens.dtype == torch.uint8:
+        packed = 4 if tokens.shape[-1] == channels // 4 else 2
+    if channels % packed:
+        raise ValueError(f"int4 tokens need an even number of channels, int2 a multiple of 4, got {channels}")
     shapes = {
-        "tokens": (tokens, (kept, stored)),
+        "tokens": (tokens, (kept, channels // packed)),
         "positions": (positions, (kept,)),
         "weights": (weights, (kept,)),
         "offsets": (offsets, (batch + 1,)),
@@ -167,8 +171,6 @@ def _check(
     for name, tensor in (("positions", positions), ("offsets", offsets)):
         if tensor.dtype != torch.int64:
             raise ValueError(f"{name} must be int64, got {tensor.dtype}")
-    if tokens.dtype == torch.uint8 and channels % 2:
-        raise ValueError(f"int4 tokens need an even number of channels, got {channels}")
     if scales is not None and (scales.dim() != 2 or scales.shape[0] != kept or channels % max(1, scales.shape[1])):
         raise ValueError(f"scales must be ({kept}, G) with G a divisor of {channels}, got {tuple(scales.shape)}")
 

@@ -49,8 +49,9 @@ def _float_to_bfloat(value):  # type: ignore[no-untyped-def]
 def _difference(student, tokens, row, s, scales, channel_scale, channel_shift, difference):  # type: ignore[no-untyped-def]
     """difference[c] = student[row, c] - decode(tokens)[s, c].
 
-    The dtypes say what is stored: tokens are float32, int8, two int4 in uint8 or the bits of a half in uint16; the
-    student is float32, float64 or the bits of a bfloat in uint16. What does not apply is folded away by the compiler.
+    The dtypes say what is stored: tokens are float32, int8, two int4 or four int2 in uint8 or the bits of a half in
+    uint16; the student is float32, float64 or the bits of a bfloat in uint16. What does not apply is folded away by
+    the compiler.
     """
     channels = difference.size
     if tokens.itemsize == 2:
@@ -64,6 +65,13 @@ def _difference(student, tokens, row, s, scales, channel_scale, channel_shift, d
             byte = np.int32(tokens[s, i])
             difference[2 * i] = ((byte & 15) ^ 8) - 8
             difference[2 * i + 1] = ((byte >> 4) ^ 8) - 8
+    elif 4 * tokens.shape[1] == channels:
+        for i in range(tokens.shape[1]):
+            byte = np.int32(tokens[s, i])
+            difference[4 * i] = 2 * (byte & 3) - 3
+            difference[4 * i + 1] = 2 * ((byte >> 2) & 3) - 3
+            difference[4 * i + 2] = 2 * ((byte >> 4) & 3) - 3
+            difference[4 * i + 3] = 2 * (byte >> 6) - 3
     else:
         for c in range(channels):
             difference[c] = np.int32(tokens[s, c])

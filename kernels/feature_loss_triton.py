@@ -29,12 +29,13 @@ def _difference(  # type: ignore[no-untyped-def]
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PACKED: tl.constexpr,
     HAS_CHANNEL_SCALE: tl.constexpr, HAS_CHANNEL_SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """student[row, c] - decode(tokens)[s, c] as a tile (rows, channels), 0 where not `kept`. GROUPS 0: no scales."""
+    """student[row, c] - decode(tokens)[s, c] as a tile (rows, channels), 0 where not `kept`. GROUPS 0: no scales.
+    PACKED: channels in one element of tokens, 1, 2 (int4) or 4 (int2)."""
     mask = kept[:, None] & (c < CHANNELS)[None, :]
-    if PACKED:
-        byte = tl.load(tokens + s[:, None] * (CHANNELS // 2) + (c // 2)[None, :], mask=mask, other=0).to(tl.int32)
-        nibble = (byte >> (c % 2 * 4)[None, :]) & 15
-        teacher = (nibble - 2 * (nibble & 8)).to(tl.float32)
+    if PACKED > 1:
+        place = tokens + s[:, None] * (CHANNELS // PACKED) + (c // PACKED)[None, :]
+        bits = tl.load(place, mask=mask, other=0).to(tl.int32) >> (c % PACKED * (8 // PACKED))[None, :]
+        teacher = ((bits & 15) - 2 * (bits & 8) if PACKED == 2 else 2 * (bits & 3) - 3).to(tl.float32)
     else:
         teacher = tl.load(tokens + s[:, None] * CHANNELS + c[None, :], mask=mask, other=0).to(tl.float32)
     if GROUPS > 0:
@@ -149,7 +150,7 @@ def _constants(
     return {
         "CHANNELS": channels,
         "GROUPS": 0 if scales is None else scales.shape[1],
-        "PACKED": tokens.dtype == torch.uint8,
+        "PACKED": channels // max(1, tokens.shape[1]),
         "HAS_CHANNEL_SCALE": channel_scale is not None,
         "HAS_CHANNEL_SHIFT": channel_shift is not None,
         "BLOCK_R": _TILE // block_c,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from common.boxes import clip, cxcywh_to_xyxy, xyxy_to_cxcywh
+from common.cache.codec import decode_logits
 from common.matching import BoxWeights, box_cost, finite_cost, pairs_of, queries_of_boxes
 from common.records import CachedBatch
 from common.runtime import mean_over_ranks
@@ -44,7 +45,8 @@ def map_layers(student_layers: int, teacher_layers: int) -> list[int]:
 
 
 def at_student_layers(cached: CachedBatch, layers: int) -> CachedBatch:
-    """The cached predictions with one decoder layer for each of the student's `layers`."""
+    """The cached predictions with one decoder layer for each of the student's `layers`, logits decoded."""
+    cached = replace(cached, logits=decode_logits(cached.logits))
     if cached.logits.shape[1] == layers:
         return cached
     index = torch.tensor(map_layers(layers, cached.logits.shape[1]), device=cached.logits.device)

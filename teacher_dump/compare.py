@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from common.cache.codec import STEP_ERROR, ChannelStatistics, Stored, decode_tokens, token_steps
+from common.cache.codec import SCORE_ERROR, ChannelStatistics, Stored, decode_logits, decode_tokens, largest_errors
 from common.cache.reader import CacheReader
 from common.cache.schema import Rounding
 from common.cache.writer import Record
@@ -111,6 +112,12 @@ def _compare(
         comparisons["token_positions"].add_choices(positions, fresh["token_positions"])
     same = positions == fresh["token_positions"]
     comparisons["token_weights"].add(record["token_weights"][same], fresh["token_weights"][same], 0.0)
+    if codec.logits == "uint8":  # the bound is one of scores
+        stored, said = (
+            decode_logits(torch.from_numpy(found["logits"])).sigmoid().numpy() for found in (record, answer)
+        )
+        comparisons["logits"].add(stored, said, SCORE_ERROR + 1e-6)
+        record = {name: value for name, value in record.items() if name != "logits"}
     for name in {"queries", "logits", "boxes_cxcywh", "quality"} & record.keys():
         comparisons[name].add(record[name], answer[name], _rounding(answer[name], record[name]))
     comparisons["assignment"].add_choices(record["assignment"], answer["assignment"])
@@ -124,7 +131,7 @@ def _add_features(
     if statistics is None:
         bound = _rounding(teacher, stored["tokens"])
     else:
-        bound = STEP_ERROR[rounding] * token_steps(stored["token_scales"], statistics)
+        bound = largest_errors(teacher, stored, statistics, rounding)
     comparison.add(decode_tokens(stored, statistics), teacher, bound)
 
 

@@ -8,7 +8,8 @@ from typing import Annotated, Literal, TypeVar
 
 import tyro
 
-from common.cache.schema import CodecInfo, Rounding, TokenCodec
+from common.cache.schema import CodecInfo, LogitsCodec, Rounding, TokenCodec
+from common.errors import UserError
 
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
@@ -21,7 +22,7 @@ Config = TypeVar("Config")
 
 PRESETS: dict[PresetName, CodecInfo] = {
     "standard": CodecInfo("fp16", 1.0),
-    "compact": CodecInfo("int4", 0.24, queries=False),
+    "compact": CodecInfo("int2", 0.57, queries=False, logits="uint8"),
     "full": CodecInfo("fp32", 1.0, neck=True),
 }
 
@@ -71,11 +72,14 @@ class StoreOptions:
     out: Path = Path("store.zarr")
     """The store to write. An unfinished one of the same configuration is completed."""
     preset: PresetName = "standard"
-    """What the following are unless they are given. standard: fp16, all tokens. compact: int4, 24% of the tokens,
-    no queries, a tenth of the bytes (docs/fidelity.md). full: fp32, all tokens and the neck's features, lossless and
-    for every loss."""
-    tokens: Annotated[TokenCodec | None, tyro.conf.arg(metavar="{fp32,fp16,int8,int4}", help_behavior_hint="")] = None
-    """How token features are stored: fp32 is lossless, int8 takes half of fp16's bytes, int4 little over a quarter."""
+    """What the following are unless they are given. standard: fp16, all tokens. compact: int2, 57% of the tokens, uint8
+    logits, no queries: a tenth of the bytes (docs/fidelity.md). full: fp32, all tokens and the neck's features,
+    lossless and for every loss."""
+    tokens: Annotated[TokenCodec | None, tyro.conf.arg(metavar="{fp32,fp16,int8,int4,int2}", help_behavior_hint="")] = (
+        None
+    )
+    """How token features are stored: fp32 is lossless, int8 takes half of fp16's bytes, int4 little over a quarter,
+    int2 little over an eighth."""
     rounding: Rounding = "nearest"
     """Of int8 and int4: nearest has the smaller error, stochastic none on average."""
     keep_tokens: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
@@ -84,6 +88,9 @@ class StoreOptions:
     """Store the encoder's input too, all tokens of it: for --mode released and for FGD (docs/losses.md)."""
     queries: Annotated[bool | None, tyro.conf.arg(metavar="BOOL", help_behavior_hint="")] = None
     """True or False: store the decoder's output vectors, which only the contrastive loss of --mode released reads."""
+    logits: Annotated[LogitsCodec | None, tyro.conf.arg(metavar="{float,uint8}", help_behavior_hint="")] = None
+    """How logits are stored: float as float32 with fp32 tokens, else as float16; uint8 takes half of that and changes
+    no score by more than .0031."""
 
     @property
     def codec(self) -> CodecInfo:
@@ -95,11 +102,17 @@ class StoreOptions:
             preset.neck or self.neck,
             rounding_of(tokens, self.rounding),
             preset.queries if self.queries is None else self.queries,
+            preset.logits if self.logits is None else self.logits,
         )
 
 
 def rounding_of(tokens: TokenCodec, wanted: Rounding) -> Rounding:
-    """Floats are rounded to nearest whatever is wanted, so that equal stores have equal manifests."""
+    """Floats are rounded to nearest whatever is wanted, so that equal stores have equal manifests.
+
+    UserError for int2, which cannot be rounded stochastically: its four values do not reach a token's extremes.
+    """
+    if tokens == "int2" and wanted == "stochastic":
+        raise UserError("expected --rounding nearest with int2, found stochastic; use int4 for that")
     return wanted if tokens in ("int8", "int4") else "nearest"
 
 
@@ -196,6 +209,8 @@ class TranscodeConfig:
     """The store to write. An unfinished one of the same configuration is completed."""
     tokens: Annotated[TokenCodec | None, tyro.conf.arg(help_behavior_hint="")] = None
     """How token features are stored. (default: as in the store that is read)"""
+    logits: Annotated[LogitsCodec | None, tyro.conf.arg(help_behavior_hint="")] = None
+    """How logits are stored. (default: as in the store that is read)"""
     keep_tokens: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
     """Fraction of each sample's tokens to keep. (default: as in the store that is read)"""
     rounding: Rounding = "nearest"

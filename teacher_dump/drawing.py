@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common.augment import apply_boxes, apply_image
 from common.boxes import cxcywh_to_xyxy
+from common.cache.codec import decode_logits
 from common.cache.reader import CacheReader
 from common.coco import load_annotations
 from common.errors import UserError
@@ -85,7 +86,7 @@ def _draw_boxes(
     names: tuple[str, ...],
 ) -> None:
     targets = apply_boxes(entry, augmentation)
-    scores, labels = record.logits[0, -1].float().sigmoid().max(dim=-1)
+    scores, labels = decode_logits(record.logits[0, -1]).float().sigmoid().max(dim=-1)
     surest = scores.argsort(descending=True)
     sure = int((scores >= LEAST_SCORE).sum())
     surest = surest[: min(PREDICTIONS, max(3, sure))]

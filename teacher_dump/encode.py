@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.cache.codec import ChannelStatistics, Stored, encode_tokens, measure_channels
+from common.cache.codec import ChannelStatistics, Stored, encode_logits, encode_tokens, measure_channels
 from common.cache.reader import read_constants
 from common.cache.sampling import draw_tokens
 from common.cache.schema import Manifest
@@ -49,6 +49,8 @@ def encode_records(
         answer = dict(next(remaining))
         memory, weights = answer.pop("memory"), answer.pop("weights")
         tokens = token_fields(job.manifest, kept, sample.image_id, sample.view, memory, weights, statistics)
+        if job.manifest.codec.logits == "uint8":
+            answer["logits"] = encode_logits(answer["logits"])
         if "neck" in answer:
             answer |= encode_neck(job.manifest, sample.image_id, sample.view, answer["neck"], statistics)
         records.append({**answer, **tokens})

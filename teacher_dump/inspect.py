@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from common.augment import AugmentPolicy
-from common.cache.codec import STEP_ERROR
+from common.cache.codec import SCORE_ERROR, STEP_ERROR
+from common.cache.members import member_names, member_path
 from common.cache.plan import field_bytes, store_bytes
 from common.cache.reader import CacheReader
 from common.cache.schema import Manifest
@@ -19,6 +21,9 @@ from teacher_dump.tables import facts, size, table
 
 def run_inspect(config: InspectConfig) -> str:
     """What to print: a description of the store, or of one sample that was drawn. UserError if there is none."""
+    if config.image_id is None and (names := member_names(config.store)):
+        members = [replace(config, store=Path(member_path(config.store, name))) for name in names]
+        return "\n\n".join(run_inspect(member) for member in members)
     reader = CacheReader(config.store)
     try:
         if config.image_id is None:
@@ -85,18 +90,25 @@ def describe(reader: CacheReader) -> list[str]:
 def fidelity(manifest: Manifest) -> str:
     """What storing may have changed, at most."""
     codec = manifest.codec
-    halves = f"{'queries and logits' if codec.queries else 'logits'} within 2^-11 of each value"
-    if codec.quantised:
-        step = f"{STEP_ERROR[codec.rounding]:.3g} steps (token scale x channel scale), rounded to nearest"
-        if codec.rounding == "stochastic":
-            step = step.replace("to nearest", "stochastically: right on average")
-        rounding = f"tokens within {step}; {halves}"
+    floats = [*(["queries"] if codec.queries else []), *(["logits"] if codec.logits == "float" else [])]
+    found = []
+    if codec.tokens == "int2":
+        found.append("tokens within 1 step (token scale x channel scale), cut off at 3")
+    elif codec.quantised:
+        how = "to nearest" if codec.rounding == "nearest" else "stochastically: right on average"
+        found.append(
+            f"tokens within {STEP_ERROR[codec.rounding]:.3g} steps (token scale x channel scale), rounded {how}"
+        )
     else:
-        rounding = "exact" if codec.tokens == "fp32" else f"tokens, {halves}"
+        floats.insert(0, "tokens")
+    if floats:
+        found.append(f"{', '.join(floats)} {'exact' if codec.tokens == 'fp32' else 'within 2^-11 of each value'}")
+    if codec.logits == "uint8":
+        found.append(f"scores within {SCORE_ERROR:.4f}")
     sampling = (
         "all tokens" if codec.keep_tokens == 1 else "tokens drawn by weight, the feature loss exact in expectation"
     )
-    return f"{rounding}; boxes, quality, assignment and weights exact; {sampling}"
+    return f"{'; '.join(found)}; boxes, quality, assignment and weights exact; {sampling}"
 
 
 def _policy(policy: AugmentPolicy) -> str:

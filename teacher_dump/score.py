@@ -16,6 +16,7 @@ import torch
 import zarr
 from pycocotools.coco import COCO
 
+from common.cache.codec import decode_logits
 from common.cache.reader import read_manifest
 from common.cache.storage import Location, locate
 from common.cache.writer import finished_shards, read_skipped, read_table
@@ -104,5 +105,5 @@ def _results(
         last_logits, last_boxes = (torch.from_numpy(np.asarray(array[span])[:, -1]) for array in (logits, boxes_cxcywh))
         for row in rows:
             image_id, index = image_ids[row], row - span.start
-            detections = detect(last_logits[index], last_boxes[index], augmentations[image_id])
+            detections = detect(decode_logits(last_logits[index]), last_boxes[index], augmentations[image_id])
             yield from coco_results(image_id, detections, category_ids)

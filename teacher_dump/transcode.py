@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from tqdm import tqdm
 
-from common.cache.codec import decode_tokens, encode_tokens
+from common.cache.codec import decode_tokens, encode_logits, encode_tokens
 from common.cache.plan import Plan, SampleTable, lay_out, store_bytes
 from common.cache.reader import CacheReader
 from common.cache.sampling import draw_tokens
@@ -34,7 +34,7 @@ from teacher_dump.store import (
 from teacher_dump.tables import size
 
 ROWS_AT_ONCE = 8
-TOKEN_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.5}
+TOKEN_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.5, "int2": 0.25}
 
 
 def run_transcode(config: TranscodeConfig) -> None:
@@ -132,6 +132,7 @@ def _target(source: CacheReader, config: TranscodeConfig) -> tuple[Manifest, Pla
         neck=there.neck and config.neck and keep_tokens == 1,
         rounding=there.rounding if tokens == there.tokens else rounding_of(tokens, config.rounding),
         queries=there.queries and config.queries,
+        logits=config.logits or there.logits,
     )
     if not 0 < codec.keep_tokens <= 1:
         raise UserError(f"expected --keep-tokens above 0 and at most 1, found {codec.keep_tokens}")
@@ -142,6 +143,8 @@ def _target(source: CacheReader, config: TranscodeConfig) -> tuple[Manifest, Pla
         )
     if TOKEN_BYTES[codec.tokens] > TOKEN_BYTES[there.tokens]:
         raise UserError(f"expected --tokens no larger than the {there.tokens} of {config.store}, found {codec.tokens}")
+    if (there.logits, codec.logits) == ("uint8", "float"):
+        raise UserError(f"expected --logits uint8, as in {config.store}, found float; that needs a store of floats")
     views = source.manifest.views.views if config.views is None else _fewer_views(source.manifest, config.views)
     manifest = replace(source.manifest, views=replace(source.manifest.views, views=views), codec=codec)
     columns = source.table
@@ -201,6 +204,8 @@ def _transcode(
         if here.codec.neck:
             neck = decode_tokens(stored_neck(record), statistics.neck)
             tokens |= encode_neck(here, image_id, view, neck, new_statistics)
+    if there.codec.logits != here.codec.logits:
+        kept["logits"] = encode_logits(record["logits"].astype(np.float32))
     return {**record, **tokens, **kept}
 
 

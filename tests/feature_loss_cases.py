@@ -56,6 +56,8 @@ class Inputs:
     def _stored(self, s: int, c: int) -> float:
         if self.tokens.dtype != torch.uint8:
             return float(self.tokens[s, c])
+        if self.tokens.shape[1] * 4 == self.student.shape[2]:
+            return float((-3, -1, 1, 3)[int(self.tokens[s, c // 4]) // 4 ** (c % 4) % 4])
         nibble = int(self.tokens[s, c // 2]) >> (4 * (c % 2)) & 15
         return float(nibble - 16 if nibble > 7 else nibble)
 
@@ -65,6 +67,9 @@ CASES = {
     "int8, groups": ("int8", torch.float32, 4, True),
     "int8, nothing else": ("int8", torch.float32, 0, False),
     "int4": ("int4", torch.float32, 4, True),
+    "int2": ("int2", torch.float32, 3, True),
+    "int2, nothing else": ("int2", torch.float32, 0, False),
+    "int2, bf16 student": ("int2", torch.bfloat16, 1, True),
     "float16": ("float16", torch.float32, 0, False),
     "float32": ("float32", torch.float32, 0, False),
     "float32, bf16 student": ("float32", torch.bfloat16, 2, True),
@@ -81,8 +86,9 @@ def inputs(name: str, channels: int = 12, length: int = 9, counts: tuple[int, ..
     total = sum(counts)
     if kind == "int8":
         tokens = torch.randint(-128, 128, (total, channels), dtype=torch.int8, generator=generator)
-    elif kind == "int4":
-        tokens = torch.randint(256, (total, channels // 2), dtype=torch.uint8, generator=generator)
+    elif kind in ("int4", "int2"):
+        size = channels // {"int4": 2, "int2": 4}[kind]
+        tokens = torch.randint(256, (total, size), dtype=torch.uint8, generator=generator)
     elif kind == "float32":
         tokens = torch.randn(total, channels, generator=generator)
     else:

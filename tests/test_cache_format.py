@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 from dump_cases import command, draw_scenes, dump
 
-from common.cache.codec import ChannelStatistics, decode_tokens
+from common.cache.codec import ChannelStatistics, decode_logits, decode_tokens
 from common.cache.reader import CacheReader
 
 Array = npt.NDArray[Any]
@@ -81,7 +81,12 @@ def rows_of_sample(store: Path, name: str, i: int) -> Array:
 
 @pytest.mark.parametrize(
     "options",
-    [("--tokens", "int8", "--keep-tokens", "0.4"), ("--tokens", "int4", "--neck"), ("--tokens", "fp32")],
+    [
+        ("--tokens", "int8", "--keep-tokens", "0.4"),
+        ("--tokens", "int4", "--neck"),
+        ("--tokens", "fp32"),
+        ("--tokens", "int2", "--neck", "--logits", "uint8"),
+    ],
     ids=" ".join,
 )
 def test_reader_from_the_specification(tmp_path: Path, options: tuple[str, ...]) -> None:
@@ -111,19 +116,26 @@ def test_reader_from_the_specification(tmp_path: Path, options: tuple[str, ...])
                 *(small_array(store, f"teacher/channel_{name}") for name in ("scale", "shift"))
             )
             np.testing.assert_allclose(decoded(store, row), decode_tokens(stored, statistics), rtol=1e-6, atol=1e-6)
+        if reader.manifest.codec.logits == "uint8":
+            codes = rows_of_sample(store, "logits", row).astype(np.float64).clip(0.25, 254.75)
+            np.testing.assert_allclose(2 * np.log(np.tan(codes * np.pi / 510)), decode_logits(batch.logits), rtol=1e-5)
 
 
 def decoded(store: Path, i: int) -> Array:
-    """int8 or int4 tokens of a sample, value by value."""
+    """int8, int4 or int2 tokens of a sample, value by value."""
     q, scales = (rows_of_sample(store, name, i) for name in ("tokens", "token_scales"))
     channel_scale, channel_shift = (small_array(store, f"teacher/channel_{name}") for name in ("scale", "shift"))
     channels = len(channel_scale)
     values = np.zeros((len(q), channels), np.float32)
     for token in range(len(q)):
         for c in range(channels):
-            number = int(q[token, c // 2]) >> (4 * (c % 2)) & 15 if q.dtype == np.uint8 else int(q[token, c])
-            if q.dtype == np.uint8 and number > 7:
-                number -= 16
+            if q.shape[1] * 4 == channels:
+                number = 2 * (int(q[token, c // 4]) >> (2 * (c % 4)) & 3) - 3
+            elif q.shape[1] * 2 == channels:
+                number = int(q[token, c // 2]) >> (4 * (c % 2)) & 15
+                number -= 16 if number > 7 else 0
+            else:
+                number = int(q[token, c])
             scale = float(scales[token, c // (channels // scales.shape[1])])
             values[token, c] = number * scale * float(channel_scale[c]) + float(channel_shift[c])
     return values

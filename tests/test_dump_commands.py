@@ -143,6 +143,11 @@ def test_verify_against_teacher(
         assert "queries" not in capsys.readouterr().out
         assert command("inspect", tiny) == 0
         assert {"nearest": "0.501 steps", "stochastic": "1 steps"}[rounding] in capsys.readouterr().out
+    two = tmp_path / "two.zarr"
+    assert command("transcode", lossless, two, "--tokens", "int2", "--logits", "uint8", "--keep-tokens", "0.6") == 0
+    assert command("verify", two, *options) == 0
+    assert command("inspect", two) == 0
+    assert "scores within 0.0031" in capsys.readouterr().out
     half = tmp_path / "half.zarr"
     assert command("transcode", lossless, half, "--tokens", "fp16") == 0
     assert command("verify", half, *options) == 0
@@ -163,6 +168,7 @@ def test_verify_against_teacher(
     [
         ("--tokens", "int8", "--keep-tokens", "0.3"),
         ("--tokens", "int4", "--keep-tokens", "0.5", "--rounding", "stochastic"),
+        ("--tokens", "int2", "--keep-tokens", "0.6", "--logits", "uint8"),
         ("--tokens", "fp16"),
         ("--keep-tokens", "0.5"),
         ("--views", "1"),

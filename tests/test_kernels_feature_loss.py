@@ -43,9 +43,10 @@ def test_agrees_with_the_formula(name: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_gradients_are_finite_differences(backend: str) -> None:
+@pytest.mark.parametrize("kind", ["int4", "int2"])
+def test_gradients_are_finite_differences(kind: str, backend: str) -> None:
     """torch.autograd.gradcheck in float64 with its usual tolerances."""
-    case = inputs("int4")
+    case = inputs(kind)
     student = case.student.detach().double().requires_grad_()
     _, *others = case.arguments()
     assert torch.autograd.gradcheck(lambda x: cached_feature_loss(x, *others, backend=backend), student)
@@ -76,6 +77,28 @@ def test_int4_layout() -> None:
     """0xF8 is -8 in the even channel (low nibble) and -1 in the odd one (high nibble); 0x70 is 0 and 7."""
     decoded = decode_tokens(torch.tensor([[0xF8, 0x70]], dtype=torch.uint8), None, None, None, torch.float32)
     assert decoded.tolist() == [[-8.0, -1.0, 0.0, 7.0]]
+
+
+def test_int2_layout() -> None:
+    """0b11_10_01_00 is -3, -1, 1 and 3, from the lowest bits up. Without anything that says how many channels there
+    are, bytes are two int4."""
+    byte = torch.tensor([[0b11100100]], dtype=torch.uint8)
+    assert decode_tokens(byte, None, None, None, torch.float32, channels=4).tolist() == [[-3.0, -1.0, 1.0, 3.0]]
+    assert decode_tokens(byte, None, torch.ones(4), None, torch.float32).tolist() == [[-3.0, -1.0, 1.0, 3.0]]
+    assert decode_tokens(byte, None, None, None, torch.float32).tolist() == [[4.0, -2.0]]
+
+
+def test_every_byte_of_int2_decodes() -> None:
+    """All 256 bytes as tokens of 1024 channels through the CPU kernel and the reference: equal gradients."""
+    tokens = torch.arange(256, dtype=torch.uint8).repeat(2, 1)
+    student = torch.zeros(1, 3, 1024, requires_grad=True)
+    arguments = (tokens, torch.tensor([2, 0]), torch.ones(2), torch.tensor([0, 2]))
+    grads = [
+        torch.autograd.grad(cached_feature_loss(student, *arguments, backend=backend), student)[0]
+        for backend in ("cpu", "reference")
+    ]
+    assert torch.equal(*grads)
+    assert sorted(set(grads[0].flatten().tolist())) == [-6.0, -2.0, 0.0, 2.0, 6.0]
 
 
 def test_same_bits_for_any_number_of_threads() -> None:
@@ -158,6 +181,7 @@ def test_compile_without_graph_breaks() -> None:
         ({"student": torch.zeros(9, 12)}, r"student must be floating and \(B, T, C\)"),
         ({"tokens": torch.zeros(14, 12, dtype=torch.int32)}, "tokens must be float32, float16, int8 or uint8"),
         ({"tokens": torch.zeros(14, 12, dtype=torch.uint8)}, r"tokens must be \(14, 6\)"),
+        ({"student": torch.zeros(3, 9, 14), "tokens": torch.zeros(14, 3, dtype=torch.uint8)}, "int2 a multiple of 4"),
         ({"positions": torch.zeros(14)}, "positions must be int64"),
         ({"positions": torch.full((14,), 9)}, "positions must lie in 0..8"),
         ({"offsets": torch.tensor([0, 14])}, r"offsets must be \(4,\)"),

@@ -23,9 +23,10 @@ CHECKSUM_BYTES = 4  # crc32c after every page and after the index
 INDEX_ENTRY_BYTES = 16  # offset and length of one page, as uint64
 MISSING = 2**64 - 1  # offset and length of a page that a shard does not hold
 
-TokenCodec = Literal["fp32", "fp16", "int8", "int4"]
+TokenCodec = Literal["fp32", "fp16", "int8", "int4", "int2"]
+LogitsCodec = Literal["float", "uint8"]
 Rounding = Literal["nearest", "stochastic"]
-INT4_GROUP = 64  # channels that share a scale, at most: groups of 32 take 6% more bytes for 7% less error
+GROUP = 64  # channels that share a scale of int4 or int2, at most: groups of 32 take 6% more bytes for 7% less error
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ class CodecInfo:
 
     keep_tokens: fraction in (0, 1]; 1 keeps all. neck: the encoder's input is stored too, in the same way, with the
     released code's weight map over it; it takes all tokens. rounding: of int8 and int4. queries: the decoder's output
-    vectors are stored, which only the contrastive loss reads.
+    vectors are stored, which only the contrastive loss reads. logits: float (float32 with fp32 tokens, else float16),
+    or uint8, scores on 256 levels.
     """
 
     tokens: TokenCodec
@@ -131,18 +133,28 @@ class CodecInfo:
     neck: bool = False
     rounding: Rounding = "nearest"
     queries: bool = True
+    logits: LogitsCodec = "float"
 
     @property
     def quantised(self) -> bool:
-        return self.tokens in ("int8", "int4")
+        return self.tokens in ("int8", "int4", "int2")
+
+    @property
+    def packed(self) -> int:
+        """Channels in one element of the stored tokens."""
+        return {"int4": 2, "int2": 4}.get(self.tokens, 1)
 
     def scales(self, channels: int) -> int:
-        """Scales of a token of so many channels: one for int8, one a group for int4. UserError for odd int4."""
+        """Scales of a token of so many channels: one for int8, one a group for int4 and int2.
+
+        UserError where channels do not fill whole bytes.
+        """
         if self.tokens == "int8":
             return 1
-        if channels % 2:
-            raise UserError(f"expected features of an even number of channels for int4, found {channels}; use int8")
-        return next(groups for groups in range(-(-channels // INT4_GROUP), channels + 1) if channels % groups == 0)
+        if channels % self.packed:
+            number = "an even number" if self.packed == 2 else "a multiple of four"
+            raise UserError(f"expected features of {number} of channels for {self.tokens}, found {channels}; use int8")
+        return next(groups for groups in range(-(-channels // GROUP), channels + 1) if channels % groups == 0)
 
 
 @dataclass(frozen=True)
@@ -176,7 +188,12 @@ class Manifest:
             fields.append(Field("queries", "sample", (layers, queries, channels), query_dtype))
         return (
             *fields,
-            Field("logits", "sample", (layers, queries, self.num_classes), query_dtype),
+            Field(
+                "logits",
+                "sample",
+                (layers, queries, self.num_classes),
+                "uint8" if self.codec.logits == "uint8" else query_dtype,
+            ),
             Field("boxes_cxcywh", "sample", (layers, queries, 4), "float32"),
             Field("quality", "sample", (layers, queries), "float32"),
             Field("assignment", "sample", (layers, queries), "int16"),
@@ -185,8 +202,8 @@ class Manifest:
     def _features(self, name: str, scales: str) -> list[Field]:
         """The fields of features in the store's codec."""
         codec, channels = self.codec, self.teacher.channels
-        dtype = {"fp32": "float32", "fp16": "float16", "int8": "int8", "int4": "uint8"}[codec.tokens]
-        values = Field(name, "token", (channels // 2 if codec.tokens == "int4" else channels,), dtype)
+        dtype = {"fp32": "float32", "fp16": "float16", "int8": "int8", "int4": "uint8", "int2": "uint8"}[codec.tokens]
+        values = Field(name, "token", (channels // codec.packed,), dtype)
         return [values, Field(scales, "token", (codec.scales(channels),), "float16")] if codec.quantised else [values]
 
     def row_bytes(self, per: Literal["sample", "token"]) -> int:
@@ -194,7 +211,10 @@ class Manifest:
         return sum(field.row_bytes for field in self.fields() if field.per == per)
 
     def to_json(self) -> dict[str, Any]:
-        return _MANIFEST.dump_python(self, mode="json")  # type: ignore[no-any-return]
+        value: dict[str, Any] = _MANIFEST.dump_python(self, mode="json")
+        if self.codec.logits == "float":  # as the manifests that were written before there was a choice
+            del value["codec"]["logits"]
+        return value
 
     @staticmethod
     def from_json(value: Any, where: str) -> Manifest:
