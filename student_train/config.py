@@ -17,6 +17,7 @@ OptionalStore = Annotated[str | None, tyro.conf.arg(metavar="STORE", help_behavi
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 OptionalInts = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...", help_behavior_hint="")]
+OptionalSubset = Annotated[int | float | None, tyro.conf.arg(metavar="N|FRACTION", help_behavior_hint="")]
 OptionalName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 Config = TypeVar("Config")
 
@@ -37,6 +38,9 @@ class DataOptions:
     """Folder in COCO's layout: annotations/instances_SPLIT.json and SPLIT/*.jpg."""
     split: str = "train2017"
     """Split to train on; with a cache, the one that was cached."""
+    subset: OptionalSubset = None
+    """Train on so many of its images, or that fraction of them: the same ones in every run. (default: all, with a cache
+    those of its finished shards)"""
     val_split: str = "val2017"
     """Split to evaluate on."""
     sizes: OptionalInts = None

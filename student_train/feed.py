@@ -16,6 +16,7 @@ from itertools import chain
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -35,6 +36,8 @@ from student_train.batching import (
     rank_share,
     steps_per_epoch,
 )
+
+Rows = npt.NDArray[np.intp]
 
 
 @dataclass(frozen=True)
@@ -113,24 +116,38 @@ class FreshViews:
 
 
 class CachedViews:
-    """The samples of a store: view e mod V in epoch e, with the augmentations that the teacher saw."""
+    """The samples of a store, with the augmentations that the teacher saw: view e mod V in epoch e.
+
+    Of an unfinished store, every epoch has each image of which a view is there, and such views of it by turns.
+    """
 
     def __init__(self, annotations: Annotations, reader: CacheReader) -> None:
         self._entries = {entry.image_id: entry for entry in annotations.entries}
-        self._table = reader.table
-        self._rows = [reader.rows(view) for view in range(reader.manifest.views.views)]
+        self._table, rows = reader.table, reader.rows()
+        rows = rows[np.isin(self._table.image_id[rows], list(self._entries))]
+        self._by_image = rows[np.lexsort((self._table.view[rows], self._table.image_id[rows]))]
+        self._first, self._views = np.unique(
+            self._table.image_id[self._by_image], return_index=True, return_counts=True
+        )[1:]
+        self._epoch, self._rows = -1, rows
 
     def __len__(self) -> int:
-        return min(len(rows) for rows in self._rows)
+        return len(self._first)
+
+    def rows(self, epoch: int) -> Rows:
+        """The rows of an epoch's samples, ascending."""
+        if epoch != self._epoch:
+            self._rows = np.sort(self._by_image[self._first + epoch % self._views])
+            self._epoch = epoch
+        return self._rows
 
     def sample(self, epoch: int, index: int) -> Sample:
-        row = int(self._rows[epoch % len(self._rows)][index])
+        row = int(self.rows(epoch)[index])
         flip, *rest = self._table.augmentation[row].tolist()
         return Sample(self._entries[int(self._table.image_id[row])], Augmentation(bool(flip), *rest), row)
 
     def sizes(self, epoch: int) -> Sizes:
-        rows = self._rows[epoch % len(self._rows)][: len(self)]
-        return self._table.augmentation[rows, 5:7]
+        return self._table.augmentation[self.rows(epoch), 5:7]
 
 
 @dataclass

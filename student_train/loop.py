@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from common.cache.reader import CacheReader
 from common.detr.attention import FeedForward
 from common.detr.categories import Categories
 from common.detr.detector import DeformableDetr
@@ -30,6 +31,7 @@ from student_train.interruption import Interrupted, StopRequest
 from student_train.prepare import Data, prepare_data, prepare_feed, prepare_student
 from student_train.progress import Progress, bottleneck, step_record, time_spent
 from student_train.run_folder import RunFolder, run_name
+from student_train.selection import Shards, finished_ranges
 from student_train.step import Diverged, Training, agree, is_finite, learning_rate_factor, seed_step, train_step
 
 Value = TypeVar("Value")
@@ -44,24 +46,33 @@ def train(config: TrainConfig) -> CocoMetrics:
     start_logging(ranks)
     device = choose_device(config.output.device, ranks)
     start_processes(ranks, device)
-    data = prepare_data(config.data)
+    folder = RunFolder(config.output.out / run_name(config), writes=ranks.is_first)
+    data = prepare_data(
+        config.data, lambda reader: _of_first_rank(lambda: shards_of_run(config, folder, reader), ranks)
+    )
     seed_generators(config.optimisation.seed)  # every rank starts from the same weights
     training = start(config, data, device, ranks)
     feed = prepare_feed(config, data, ranks, device)
-    folder = RunFolder(config.output.out / run_name(config), writes=ranks.is_first)
     try:
         if config.output.resume:
             folder.go_on(config)
             resume(training, _of_first_rank(lambda: load_newest(folder.checkpoints), ranks))
             folder.forget_after(training.step)
         else:
-            folder.start(config, data.reader.manifest if data.reader is not None else None, training.parameters)
+            reader = data.reader
+            manifest, shards = (None, None) if reader is None else (reader.manifest, finished_ranges(reader))
+            folder.start(config, manifest, training.parameters, shards)
         with StopRequest().listening() as stop:
             metrics = Run(config, data, training, feed, folder, ranks, stop).to_the_end()
         folder.finish(config)
         return metrics
     finally:
         feed.close()
+
+
+def shards_of_run(config: TrainConfig, folder: RunFolder, reader: CacheReader) -> Shards:
+    """The shards that the run began with, or begins with now: those that are finished."""
+    return folder.shards(reader.manifest) if config.output.resume else finished_ranges(reader)
 
 
 def start(config: TrainConfig, data: Data, device: torch.device, ranks: Ranks) -> Training:

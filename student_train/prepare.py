@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,12 +22,14 @@ from common.errors import UserError
 from common.images import pixel_fingerprint
 from common.resampling import match_levels
 from common.runtime import Ranks, log
+from common.subset import take_subset
 from common.teacher import detector_info, sha256_of
 from student_train.config import DataOptions, DistillationOptions, ModelOptions, TrainConfig
 from student_train.feed import CachedViews, Feed, FeedOptions, FreshViews
 from student_train.live import LiveTeacher
 from student_train.model import StudentInTraining
 from student_train.objective import needed_fields
+from student_train.selection import Shards, finished_ranges, in_store, keep_to, say_if_unfinished
 
 
 @dataclass(frozen=True)
@@ -43,34 +46,37 @@ class Data:
         return evaluation_policy(self.policy)
 
 
-def prepare_data(options: DataOptions) -> Data:
-    """Open annotations and store. UserError where they are missing, incomplete or do not belong together."""
+def prepare_data(options: DataOptions, settled: Callable[[CacheReader], Shards] = finished_ranges) -> Data:
+    """Open annotations and store. UserError where they are missing or do not belong together.
+
+    settled: which of the store's shards to train on.
+    """
     reader = CacheReader(options.cache, local_cache=options.local_cache) if options.cache is not None else None
     train, val = (load_annotations(options.data, split) for split in (options.split, options.val_split))
-    if not options.skip_broken:
-        check_images(train)
-    check_images(val)
     if val.category_ids != train.category_ids:
         raise UserError(
             f"{val.annotation_file}: expected the categories of {train.annotation_file}, found others:"
             " use splits of one data set"
         )
-    if reader is None:
-        return Data(train, val, policy_of_sizes(options.sizes), None)
-    if options.sizes is not None:
-        raise UserError("--sizes was given together with --cache, whose samples are augmented already: leave it out")
-    check_store(reader, train)
-    return Data(train, val, reader.manifest.views.policy, reader)
+    if reader is not None:
+        if options.sizes is not None:
+            raise UserError(
+                "--sizes was given together with --cache, whose samples are augmented already: leave it out"
+            )
+        check_store(reader, train)
+        keep_to(reader, settled(reader))
+        say_if_unfinished(reader)
+        train = in_store(train, reader)
+    train = take_subset(train, options.subset)
+    if not options.skip_broken:
+        check_images(train)
+    check_images(val)
+    return Data(train, val, policy_of_sizes(options.sizes) if reader is None else reader.manifest.views.policy, reader)
 
 
 def check_store(reader: CacheReader, annotations: Annotations) -> None:
-    """UserError unless the store is complete and its teacher saw these annotations and these pixels."""
+    """UserError unless the store's teacher saw these annotations and these pixels."""
     manifest = reader.manifest
-    if not reader.complete:
-        raise UserError(
-            f"{reader.path}: expected a complete store, found {int(reader.finished_shards.sum())} of"
-            f" {manifest.layout.shards} shards: run the same `python -m teacher_dump` command again to complete it"
-        )
     if manifest.data.annotations_sha256 != annotations.sha256:
         raise UserError(
             f"{reader.path} was dumped with other annotations (split {manifest.data.split}) than"

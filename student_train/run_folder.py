@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common.cache.schema import Manifest
+from common.cache.schema import Manifest, differences
 from common.errors import UserError
 from common.evaluate import CocoMetrics
 from common.runtime import software_versions
 from student_train.checkpoint import write_atomically, write_json
 from student_train.config import TrainConfig
+from student_train.selection import Shards
 from student_train.tracking import TRACKERS, EventFile, Tracker
 
 TIME = "%Y-%m-%dT%H:%M:%S%z"
@@ -42,8 +43,13 @@ class RunFolder:
         self._events = EventFile(path)
         self._tracker: Tracker | None = None
 
-    def start(self, config: TrainConfig, manifest: Manifest | None, parameters: int) -> None:
-        """Make the folder and record what decides the run. UserError if another run is there already."""
+    def start(
+        self, config: TrainConfig, manifest: Manifest | None, parameters: int, shards: Shards | None = None
+    ) -> None:
+        """Make the folder and record what decides the run. UserError if another run is there already.
+
+        shards: of the store that the run trains on.
+        """
         if not self._writes:
             return
         if self.record.exists():
@@ -63,8 +69,23 @@ class RunFolder:
                 "config": as_json(config),
                 **_circumstances(),
                 "store": None if manifest is None else manifest.to_json(),
+                "shards": shards,
             },
         )
+
+    def shards(self, manifest: Manifest) -> Shards:
+        """What the run trains on of the store with this manifest. UserError if it began with another store."""
+        record = self._read()
+        before = record.get("store")
+        if before is None:
+            raise UserError(f"{self.path} was started without a store: a run continues as it began")
+        different = differences(manifest, Manifest.from_json(before, str(self.record)))
+        if different:
+            raise UserError(
+                f"{self.path} was started with another store: a run continues as it began; found against expected:"
+                f" {'; '.join(different)}"
+            )
+        return record.get("shards") or [[0, manifest.layout.shards]]
 
     def go_on(self, config: TrainConfig) -> None:
         """Note that the run is continued. UserError if there is none, or one of another configuration."""
@@ -126,15 +147,21 @@ class RunFolder:
 
     def _check_same(self, config: TrainConfig) -> dict[str, Any]:
         """The record of the run."""
-        try:
-            record: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
-            before = record["config"]
-        except (OSError, ValueError, KeyError):
-            raise UserError(f"expected a run to continue in {self.path}, found none: leave --resume out") from None
+        record = self._read()
+        before = record["config"]
         free = FREE_TO_CHANGE + (LENGTH if config.optimisation.schedule == "step" else ())
         changed = [name for name in _differing(before, as_json(config)) if not name.startswith(free)]
         if changed:
             raise UserError(f"{self.path} was started with another {', '.join(changed)}: a run continues as it began")
+        return record
+
+    def _read(self) -> dict[str, Any]:
+        """run.json. UserError if it is not that of a training run."""
+        try:
+            record: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
+            record["config"]
+        except (OSError, ValueError, KeyError):
+            raise UserError(f"expected a run to continue in {self.path}, found none: leave --resume out") from None
         return record
 
 

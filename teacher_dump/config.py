@@ -13,6 +13,7 @@ from common.errors import UserError
 
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+OptionalSubset = Annotated[int | float | None, tyro.conf.arg(metavar="N|FRACTION", help_behavior_hint="")]
 OptionalSize = Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="HEIGHT WIDTH", help_behavior_hint="")]
 OptionalInts = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...", help_behavior_hint="")]
 StorePath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
@@ -35,6 +36,8 @@ class DataOptions:
     """Folder with annotations/instances_SPLIT.json and the splits' images, in COCO's layout."""
     split: str = "train2017"
     """Split to dump."""
+    subset: OptionalSubset = None
+    """Only so many of its images, or that fraction of them: the same ones in every store. (default: all)"""
     views: int = 1
     """Augmentations of every image. Epoch e of a student sees view e modulo this."""
     seed: int = 0

@@ -22,6 +22,7 @@ from common.cache.plan import store_bytes
 from common.cache.writer import Record
 from common.coco import check_images, load_annotations
 from common.runtime import Ranks, choose_device, log, read_ranks
+from common.subset import take_subset
 from teacher_dump.config import DumpConfig
 from teacher_dump.encode import CALIBRATION_SAMPLES, calibrate, encode_records, read_statistics, run_teacher
 from teacher_dump.job import Job, batches, load_sample, prepare
@@ -44,7 +45,7 @@ def run_dump(config: DumpConfig) -> Summary:
     """Write, or complete, the store that `config` asks for."""
     ranks = read_ranks()
     device = choose_device(config.teacher.device, ranks)
-    annotations = load_annotations(config.data.data, config.data.split)
+    annotations = take_subset(load_annotations(config.data.data, config.data.split), config.data.subset)
     check_images(annotations)
     teacher = load_teacher(config.teacher.teacher, annotations, device, config.teacher.teacher_size)
     job = prepare(config, annotations, teacher)

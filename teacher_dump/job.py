@@ -22,6 +22,7 @@ from common.errors import UserError
 from common.images import load_image, pixel_fingerprint
 from common.records import Augmentation, ImageEntry, Targets
 from common.runtime import choose_device, software_versions
+from common.subset import take_subset
 from common.teacher import Teacher
 from teacher_dump.config import DataOptions, DumpConfig, SourceOptions
 from teacher_dump.teachers import load_teacher
@@ -99,6 +100,8 @@ def job_of_store(store: Path, source: SourceOptions, *, same_software: bool) -> 
     """
     found = read_manifest(store)
     annotations = load_annotations(source.data, found.data.split)
+    if found.data.images < len(annotations.entries):
+        annotations = take_subset(annotations, found.data.images)
     check_images(annotations)
     device = choose_device(source.device)
     teacher = load_teacher(source.teacher, annotations, device, found.teacher.input_size)

@@ -13,6 +13,7 @@ from common.cache.storage import locate
 from common.coco import load_annotations
 from common.errors import UserError
 from common.runtime import choose_device
+from common.subset import take_subset
 from teacher_dump.config import DumpConfig, PlanConfig
 from teacher_dump.encode import Statistics, calibrate, encode_records, run_teacher, statistics_of
 from teacher_dump.job import Job, load_sample, prepare
@@ -38,7 +39,7 @@ def run_plan(config: PlanConfig) -> str:
     """The report, for people. Decodes no image and asks the teacher for its shapes only, unless told to measure."""
     if config.measure < 0 or config.student_epochs < 1:
         raise UserError("expected --measure of 0 or more and --student-epochs of 1 or more")
-    annotations = load_annotations(config.data.data, config.data.split)
+    annotations = take_subset(load_annotations(config.data.data, config.data.split), config.data.subset)
     shapes_only = torch.device("meta" if config.teacher.teacher.startswith(RANDOM) else "cpu")
     device = choose_device(config.teacher.device) if config.measure else shapes_only
     teacher = load_teacher(config.teacher.teacher, annotations, device, config.teacher.teacher_size)

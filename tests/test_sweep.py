@@ -86,6 +86,8 @@ def unusual() -> TrainConfig:
         "on_corrupt": "skip",
         "student": "r18",
         "ema": 0.9,
+        "subset": 0.5,
+        "track": "wandb",
     }
     groups = {}
     for name, group in vars(config).items():

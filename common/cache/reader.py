@@ -121,6 +121,11 @@ class CacheReader:
         chosen = self._readable if view is None else self._readable & (self.table.view == view)
         return np.flatnonzero(chosen)
 
+    def keep_shards(self, shards: npt.NDArray[np.bool_]) -> None:
+        """From now on only these (shards,) count as finished, as if the others were still to be written."""
+        self.finished_shards &= shards
+        self._readable &= np.repeat(shards, self.manifest.layout.shard_samples)[: len(self.table)]
+
     def choose_fields(self, names: Collection[str]) -> None:
         """From now on read only the store's fields of these names: what no loss needs takes no bandwidth.
 
