@@ -86,17 +86,22 @@ def start(config: TrainConfig, data: Data, device: torch.device, ranks: Ranks) -
     scaler = torch.amp.GradScaler(device.type, enabled=config.speed.amp == "fp16")
     average = MovingAverage(student.detector, options.ema) if options.ema is not None else None
     if config.speed.compile:
-        compile_parts(student.detector)
+        compile_parts(student.detector, backbone=device.type != "cpu")
     model: nn.Module = student
     if ranks.world_size > 1:
         model = DistributedDataParallel(student, device_ids=[device] if device.type == "cuda" else None)
     return Training(student, model, optimizer, scaler, average)
 
 
-def compile_parts(detector: DeformableDetr) -> None:
-    """Compile what PyTorch can fuse, for images of any size: the backbone and the feed-forward layers, all of them
-    from one piece of code. The attention has kernels of its own."""
-    detector.backbone.compile(dynamic=True)
+def compile_parts(detector: DeformableDetr, backbone: bool) -> None:
+    """Compile what PyTorch can fuse, for images of any size: the feed-forward layers, all of them from one piece of
+    code, and the backbone. The attention has kernels of its own.
+
+    backbone: not on a CPU, where its C++ takes minutes and torch 2.14's backward pass of it crashed
+    (aten.convolution_backward of a strided 1x1 convolution in the layout that inductor chooses).
+    """
+    if backbone:
+        detector.backbone.compile(dynamic=True)
     for module in detector.modules():
         if isinstance(module, FeedForward):
             module.compile(dynamic=True)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from common.detr.detector import DeformableDetr
 from common.runtime import Ranks, read_ranks, start_processes
 from student_train import loop
 from student_train.config import DistillationOptions, OptimisationOptions, SpeedOptions, TrainConfig
@@ -118,7 +119,7 @@ def test_bf16_follows_float32(folder: Path, tmp_path: Path) -> None:
 
 def test_compiled_parts_compute_the_same(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of a step with --compile against the one without, to 1e-4. The graphs are captured as for a GPU and
-    run by PyTorch's own operators: generating C++ for a CPU takes minutes."""
+    run by PyTorch's own operators: generating C++ for a CPU takes minutes. On a CPU the backbone would be left out."""
     compile_module, compiled = torch.nn.Module.compile, []
 
     def capture(module: torch.nn.Module, **options: Any) -> None:
@@ -126,10 +127,18 @@ def test_compiled_parts_compute_the_same(folder: Path, tmp_path: Path, monkeypat
         compile_module(module, backend="eager", **options)
 
     monkeypatch.setattr(torch.nn.Module, "compile", capture)
+    compile_parts, on_cpu = loop.compile_parts, []
+
+    def compile_all(detector: DeformableDetr, backbone: bool) -> None:
+        on_cpu.append(backbone)
+        compile_parts(detector, backbone=True)
+
+    monkeypatch.setattr(loop, "compile_parts", compile_all)
     config = configuration(folder, tmp_path)
     one_step(config, tmp_path / "eager")
     assert not compiled
     one_step(replace(config, speed=SpeedOptions(compile=True)), tmp_path / "compiled")
+    assert on_cpu == [False]
     assert compiled == ["Backbone"] + ["FeedForward"] * 4
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
     assert distance(results_of(tmp_path / "eager")[0], results_of(tmp_path / "compiled")[0]) < 1e-4
