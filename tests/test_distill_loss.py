@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchvision.ops import generalized_box_iou
 
 from common.boxes import cxcywh_to_xyxy
+from common.cache.codec import encode_logits
 from common.geometry import token_count
 from common.records import CachedBatch
 from student_train.distill_loss import at_student_layers, logits_losses, map_layers
@@ -162,6 +164,24 @@ def test_layers_are_mapped_by_relative_depth() -> None:
     assert map_layers(3, 6) == [1, 3, 5]
     cached = at_student_layers(draw_cached([2, 1], 8, layers=6), 3)
     torch.testing.assert_close(cached.logits, draw_cached([2, 1], 8, layers=6).logits[:, [1, 3, 5]], atol=0, rtol=0)
+
+
+def test_logits_stored_as_codes_are_decoded() -> None:
+    """The losses of a batch whose logits are one byte each, as from a store, against those with the logits that these
+    bytes stand for: equal to 1e-6; and within 1% of those with the exact logits."""
+    exact = draw_cached([2, 1], 8)
+    codes = torch.from_numpy(encode_logits(exact.logits.numpy()))
+    found = at_student_layers(replace(exact, logits=codes), LAYERS)
+    angle = codes.double().clamp(0.25, 254.75) * math.pi / 510
+    expected = at_student_layers(replace(exact, logits=(2 * angle.tan().log()).float()), LAYERS)
+    logits, boxes = draw_student(2)
+    of_codes, of_floats, of_exact = (
+        logits_losses(logits, boxes, cached, 2, "paper")
+        for cached in (found, expected, at_student_layers(exact, LAYERS))
+    )
+    for name, loss in of_codes.items():
+        torch.testing.assert_close(loss, of_floats[name], rtol=1e-6, atol=0)
+        torch.testing.assert_close(loss, of_exact[name], rtol=0.01, atol=0)
 
 
 def test_feature_loss_is_the_weighted_mean_over_the_samples_own_tokens() -> None:
