@@ -24,7 +24,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.runtime import log
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from common.cache.reader import BatchBuffers, CacheReader, CorruptRecord
 from common.coco import Annotations
 from common.errors import UserError
 from common.images import collate, decode_image, normalise, read_image
-from common.records import Augmentation, Batch, CachedBatch, ImageEntry, Targets
+from common.records import Augmentation, Batch, ImageEntry, Targets
 from common.runtime import Ranks, log
 from student_train.batching import (
     Indices,
@@ -36,8 +36,10 @@ from student_train.batching import (
     rank_share,
     steps_per_epoch,
 )
+from student_train.teachers import CachedTeachers, Lesson, Taught
 
 Rows = npt.NDArray[np.intp]
+Buffers = list[BatchBuffers]  # one for each teacher
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,20 @@ class Sample:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What goes through the student at once: a step, or a part of one."""
+    """What goes through the student at once: a step, or a part of one, and what teachers say of it."""
 
     image_ids: tuple[int, ...]
     batch: Batch
-    cached: CachedBatch | None
+    lessons: tuple[Lesson, ...]
+
+    @property
+    def taught(self) -> list[Taught]:
+        """Which of its samples each teacher teaches."""
+        return [(lesson.teacher, lesson.samples) for lesson in self.lessons]
 
     def to(self, device: torch.device) -> MicroBatch:
-        return replace(self, batch=batch_to(self.batch, device), cached=cached_to(self.cached, device))
+        lessons = tuple(lesson_to(lesson, device) for lesson in self.lessons)
+        return replace(self, batch=batch_to(self.batch, device), lessons=lessons)
 
 
 @dataclass(frozen=True)
@@ -214,19 +222,20 @@ class Feed:
         self,
         source: SampleSource,
         annotations: Annotations,
-        reader: CacheReader | None,
+        teachers: CachedTeachers | None,
         options: FeedOptions,
         ranks: Ranks | None = None,
         pin: bool = False,
     ) -> None:
-        """reader: None where the cached targets are not needed. pin: page-locked memory, for a GPU."""
-        self._source, self._annotations, self._reader = source, annotations, reader
+        """teachers: None where the cached targets are not needed. pin: page-locked memory, for a GPU."""
+        self._source, self._annotations, self._teachers = source, annotations, teachers
         self._options, self._ranks, self._pin = options, ranks or Ranks(), pin
         self._images = ThreadPoolExecutor(options.workers, "images")
         self._cache = ThreadPoolExecutor(1, "cache")
         # Buffers for the step in use and for each that is prepared meanwhile.
         self._buffers = [
-            [BatchBuffers(pin=pin) for _ in range(options.accumulate)] for _ in range(options.prefetch + 1)
+            [[] if teachers is None else teachers.buffers(pin=pin) for _ in range(options.accumulate)]
+            for _ in range(options.prefetch + 1)
         ]
         self.broken: set[str] = set()
         self.corrupt: set[tuple[int, int]] = set()
@@ -262,11 +271,11 @@ class Feed:
         self._images.shutdown(cancel_futures=True)
         self._cache.shutdown(cancel_futures=True)
 
-    def _start(self, epoch: int, indices: Indices, order: Indices, buffers: BatchBuffers) -> _Pending:
+    def _start(self, epoch: int, indices: Indices, order: Indices, buffers: Buffers) -> _Pending:
         samples = [self._source.sample(epoch, index) for index in indices.tolist()]
         pending = _Pending(epoch, indices, order, samples, buffers)
-        if self._reader is not None:
-            pending.cached = self._cache.submit(self._read, [sample.row for sample in samples], buffers)
+        if self._teachers is not None:
+            pending.cached = self._cache.submit(self._read, self._teachers, samples, epoch, buffers)
         pending.images = [self._images.submit(replay, sample, self._annotations) for sample in samples]
         return pending
 
@@ -282,18 +291,17 @@ class Feed:
         return TrainingStep(number, finished, waiting_for_images_s, cache_there - images_there)
 
     def _micro_batch(self, part: _Pending, images: list[Replayed | None], read: _Read | None) -> MicroBatch:
-        samples, cached = part.samples, None
-        damaged = {error.row for error in read.damaged} if read is not None else set()
+        samples, lessons = part.samples, read.lessons if read is not None else ()
+        damaged = {error.image_id for error in read.damaged} if read is not None else set()
         if None in images or damaged:
             samples, images = self._mended(part, images, damaged)
-            read = self._read([sample.row for sample in samples], part.buffers) if read is not None else None
-        if read is not None:
-            cached = read.batch
+            if self._teachers is not None:
+                lessons = self._read(self._teachers, samples, part.epoch, part.buffers).lessons
         loaded = [image for image in images if image is not None]
         batch = collate([(image.image, image.targets) for image in loaded])
         if self._pin:
             batch = replace(batch, images=batch.images.pin_memory())
-        return MicroBatch(tuple(sample.entry.image_id for sample in samples), batch, cached)
+        return MicroBatch(tuple(sample.entry.image_id for sample in samples), batch, lessons)
 
     def _mended(
         self, part: _Pending, images: list[Replayed | None], damaged: set[int]
@@ -306,11 +314,11 @@ class Feed:
         following = np.roll(part.order, -1 - int(np.flatnonzero(part.order == part.indices[-1])[0]))
         others = (self._source.sample(part.epoch, index) for index in following.tolist())
         for place, sample in enumerate(part.samples):
-            if images[place] is not None and sample.row not in damaged:
+            if images[place] is not None and sample.entry.image_id not in damaged:
                 continue
             for other in others:
                 image = self._image(other, self._images.submit(replay, other, self._annotations))
-                if image is not None and (self._reader is None or not self._read([other.row], BatchBuffers()).damaged):
+                if image is not None and self._is_sound(other, part.epoch):
                     samples[place], images[place] = other, image
                     break
             else:
@@ -332,19 +340,21 @@ class Feed:
         self.work.decoding_s += result.decoding_s
         return result
 
-    def _read(self, rows: list[int], buffers: BatchBuffers) -> _Read:
+    def _is_sound(self, sample: Sample, epoch: int) -> bool:
+        teachers = self._teachers
+        return teachers is None or not self._read(teachers, [sample], epoch, teachers.buffers()).damaged
+
+    def _read(self, teachers: CachedTeachers, samples: list[Sample], epoch: int, buffers: Buffers) -> _Read:
         """Records of the store; what is damaged is left out, or is an error."""
-        assert self._reader is not None
         begun = time.perf_counter()
+        rows = [sample.row for sample in samples]
         try:
-            if not self._options.skip_corrupt:
-                read = _Read(self._reader.read(rows, buffers), ())
-            else:
-                read = _Read(*self._reader.read_sound(rows, buffers))
+            read = _Read(*teachers.read(rows, epoch, buffers, sound=self._options.skip_corrupt))
         except CorruptRecord as error:
             raise UserError(f"{error} (--on-corrupt skip goes on without it)") from None
         self.work.reading_cache_s += time.perf_counter() - begun
-        self.work.cache_bytes += sum(value.nbytes for value in vars(read.batch).values() if value is not None)
+        fields = [value for lesson in read.lessons for value in vars(lesson.cached).values()]
+        self.work.cache_bytes += sum(value.nbytes for value in fields if value is not None)
         for damage in read.damaged:
             if (damage.image_id, damage.view) not in self.corrupt:
                 log.warning("skipped: %s", damage)
@@ -354,9 +364,9 @@ class Feed:
 
 @dataclass(frozen=True)
 class _Read:
-    """The records that could be read, and what is wrong with the others."""
+    """What the teachers say, by the records that could be read, and what is wrong with the others."""
 
-    batch: CachedBatch
+    lessons: tuple[Lesson, ...]
     damaged: tuple[CorruptRecord, ...]
 
 
@@ -368,7 +378,7 @@ class _Pending:
     indices: Indices
     order: Indices
     samples: list[Sample]
-    buffers: BatchBuffers
+    buffers: Buffers
     images: list[Future[Replayed]] = field(default_factory=list)
     cached: Future[_Read] | None = None
 
@@ -381,8 +391,13 @@ def batch_to(batch: Batch, device: torch.device) -> Batch:
     )
 
 
-def cached_to(cached: CachedBatch | None, device: torch.device) -> CachedBatch | None:
-    if cached is None or device.type == "cpu":
-        return cached
-    moved = {name: value.to(device, non_blocking=True) for name, value in vars(cached).items() if value is not None}
-    return replace(cached, **moved)
+def lesson_to(lesson: Lesson, device: torch.device) -> Lesson:
+    if device.type == "cpu":
+        return lesson
+    records, samples = vars(lesson.cached), lesson.samples
+    moved = {name: value.to(device, non_blocking=True) for name, value in records.items() if value is not None}
+    return replace(
+        lesson,
+        cached=replace(lesson.cached, **moved),
+        samples=None if samples is None else samples.to(device, non_blocking=True),
+    )

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common.cache.reader import CacheReader
+from common.cache.schema import TeacherInfo
 from common.detr.attention import FeedForward
 from common.detr.categories import Categories
 from common.detr.detector import DeformableDetr
@@ -55,19 +56,26 @@ def train(config: TrainConfig) -> CocoMetrics:
     feed = prepare_feed(config, data, ranks, device)
     try:
         if config.output.resume:
-            folder.go_on(config)
+            folder.go_on(config, several(data))
             resume(training, _of_first_rank(lambda: load_newest(folder.checkpoints), ranks))
             folder.forget_after(training.step)
         else:
             reader = data.reader
             manifest, shards = (None, None) if reader is None else (reader.manifest, finished_ranges(reader))
-            folder.start(config, manifest, training.parameters, shards)
+            folder.start(config, manifest, training.parameters, shards, several(data))
         with StopRequest().listening() as stop:
             metrics = Run(config, data, training, feed, folder, ranks, stop).to_the_end()
         folder.finish(config)
         return metrics
     finally:
         feed.close()
+
+
+def several(data: Data) -> dict[str, TeacherInfo] | None:
+    """The teachers by name where there are several."""
+    if data.teachers is None or len(data.teachers) == 1:
+        return None
+    return {n: reader.manifest.teacher for n, reader in zip(data.teachers.names, data.teachers.readers, strict=True)}
 
 
 def shards_of_run(config: TrainConfig, folder: RunFolder, reader: CacheReader) -> Shards:
@@ -287,9 +295,9 @@ class Run:
         weights = vars(distillation.weights)
         chosen = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items() if weight)
         source = "plainly"
-        if data.reader is not None:
+        if data.teachers is not None:
             how = f"distilling {chosen} ({distillation.mode})" if chosen else "plainly on the samples"
-            source = f"{how} of {data.reader.path} (teacher {data.reader.manifest.teacher.name})"
+            source = f"{how} of {self.config.data.cache} ({data.teachers})"
         if training.student.live is not None:
             source = f"distilling {chosen} ({distillation.mode}), teacher {training.student.live.info.name} run live"
         scaled = f" ({options.lr:g} x {options.batch_size} / 32)" if options.scale_lr else ""

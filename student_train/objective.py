@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from common.matching import PaddedTargets, detection_cost, pad_targets, queries_of_boxes
-from common.records import CachedBatch, Targets
+from common.records import Targets
 from kernels import hungarian, hungarian_start
 from student_train import distill_loss as distill
 from student_train.config import DistillationOptions
@@ -13,9 +15,10 @@ from student_train.contrastive_loss import contrastive_loss
 from student_train.feature_loss import align, feature_loss, neck_loss
 from student_train.fgd_loss import fgd_losses
 from student_train.live import live_targets
-from student_train.model import StudentOutput
+from student_train.model import Pupil, StudentOutput
 from student_train.set_loss import proposal_losses, set_loss
-from student_train.step_counts import StepCounts, own_counts
+from student_train.step_counts import StepCounts, counts_of_step
+from student_train.teachers import Lesson
 
 Losses = dict[str, Tensor]
 
@@ -23,34 +26,35 @@ Losses = dict[str, Tensor]
 def losses_of(
     student: StudentOutput,
     targets: list[Targets],
-    cached: CachedBatch | None,
+    lessons: Sequence[Lesson],
     options: DistillationOptions,
-    counts: StepCounts | None = None,
+    counts: Sequence[StepCounts] = (),
 ) -> Losses:
     """The weighted losses, whose sum is minimised. A loss of weight 0 is neither computed nor listed.
 
-    cached: the teacher's records of the batch; None trains plainly, or with what a live teacher says. counts: of the
-    step that this batch is a part of, by which the losses are divided, so that those of all parts add up to the step's;
-    by default the batch is the whole step of its rank. (A loss that is a mean over samples is multiplied by the batch's
-    share of them.) Matchings are solved on the host: they are started as soon as their costs are known, and what needs
-    none of them is computed before the first is waited for.
+    lessons: what the teachers say of the batch, one for each of the student's pupils; none trains plainly, or with what
+    a live teacher says. counts: of the step that this batch is a part of, for each of the store's teachers, by which
+    the losses are divided, so that those of all parts add up to the step's; by default the batch is the whole step of
+    its rank. (A loss that is a mean over samples is multiplied by the batch's share of them.)
+
+    Matchings are solved on the host: they are started as soon as their costs are known, and what needs none of them is
+    computed before the first is waited for.
     """
     output, truth = student.output, pad_targets(targets)
     if student.live is not None:
-        cached = live_targets(student.live, targets, with_neck=options.needs_neck)
-    if counts is None:
-        queries = output.logits.shape[2]
+        lessons = [Lesson(live_targets(student.live, targets, with_neck=options.needs_neck))]
+    if not counts:
         boxes = [len(of_sample.labels) for of_sample in targets]
-        own = own_counts(boxes, queries, queries if cached is None else cached.logits.shape[2])
-        counts = StepCounts.from_ranks(own.to(output.logits))
-    box_count = counts.boxes
+        counts = counts_of_step(boxes, output.logits.shape[2], student.teacher_queries, output.logits.device)
+    box_count = counts[0].boxes
     cost = detection_cost(output.logits, output.boxes_cxcywh, truth)
     matching = hungarian_start(cost, column_mask=truth.valid.unsqueeze(1))
 
     losses: Losses = {}
-    if cached is not None:
-        cached = distill.at_student_layers(cached, output.logits.shape[1])
-        losses |= _distillation_losses(student, truth, cached, counts, options)
+    for lesson, pupil in zip(lessons, student.pupils, strict=bool(lessons)):
+        for name, loss in _distillation_losses(student, pupil, truth, lesson, counts[lesson.teacher], options).items():
+            loss = lesson.weight * loss
+            losses[name] = losses[name] + loss if name in losses else loss
     losses |= _named("detection", set_loss(output.logits, output.boxes_cxcywh, truth, matching.result(), box_count))
     if output.proposals is not None:
         losses |= _named("proposals", proposal_losses(*output.proposals, output.token_mask, truth, box_count))
@@ -58,36 +62,46 @@ def losses_of(
 
 
 def _distillation_losses(
-    student: StudentOutput, truth: PaddedTargets, cached: CachedBatch, counts: StepCounts, options: DistillationOptions
+    student: StudentOutput,
+    pupil: Pupil,
+    truth: PaddedTargets,
+    lesson: Lesson,
+    counts: StepCounts,
+    options: DistillationOptions,
 ) -> Losses:
-    output, boxes, weights = student.output, truth.labels.shape[1], options.weights
+    """Those of one teacher on the samples that it teaches, divided by what the step has of all samples."""
+    grids, boxes, weights = student.output.level_shapes, truth.labels.shape[1], options.weights
+    cached = distill.at_student_layers(lesson.cached, pupil.logits.shape[1])
+    if lesson.samples is not None:
+        truth = PaddedTargets(*(values[lesson.samples] for values in vars(truth).values()))
     share = len(truth.labels) / counts.samples  # of a loss that is a mean over samples
     losses: Losses = {}
-    if student.memory is not None:
-        aligned = align(student.memory, output.level_shapes, output.token_mask, student.strides, cached)
+    if pupil.memory is not None:
+        aligned = align(pupil.memory, grids, pupil.token_mask, student.strides, cached)
         losses["features"] = weights.features * feature_loss(aligned, cached) * share
-    if student.neck is not None:
-        aligned = align(student.neck, output.level_shapes, output.token_mask, student.strides, cached)
+    if pupil.neck is not None:
+        aligned = align(pupil.neck, grids, pupil.token_mask, student.strides, cached)
         if options.mode == "released" and weights.features:
             losses["features"] = weights.features * neck_loss(aligned, cached) * share
-        if student.fgd_blocks is not None:
-            losses |= _named("fgd", fgd_losses(aligned, cached, truth, student.fgd_blocks), weights.fgd * share)
-    if student.teacher_group is not None:  # under the teacher's own assignment or, released, the student's
+        if pupil.fgd_blocks is not None:
+            losses |= _named("fgd", fgd_losses(aligned, cached, truth, pupil.fgd_blocks), weights.fgd * share)
+    if pupil.teacher_group is not None:  # under the teacher's own assignment or, released, the student's
         if options.mode == "paper":
             matched = queries_of_boxes(cached.assignment, boxes)
         else:
-            matched = hungarian(detection_cost(*student.teacher_group, truth), column_mask=truth.valid.unsqueeze(1))
-        assigned = set_loss(*student.teacher_group, truth, matched, counts.boxes)
+            matched = hungarian(detection_cost(*pupil.teacher_group, truth), column_mask=truth.valid.unsqueeze(1))
+        assigned = set_loss(*pupil.teacher_group, truth, matched, counts.boxes)
         losses |= _named("assignment", assigned, weights.assignment)
-    if weights.logits or student.contrastive_heads is not None:
-        found = distill.match_queries(output.logits, output.boxes_cxcywh, cached, boxes, options.mode)
-        if student.contrastive_heads is not None:
+    if weights.logits or pupil.contrastive_heads is not None:
+        predicted = (pupil.logits, pupil.boxes_cxcywh)
+        found = distill.match_queries(*predicted, cached, boxes, options.mode)
+        if pupil.contrastive_heads is not None:
             contrast = contrastive_loss(
-                output.queries, cached.queries, found[1], found[0].index, student.contrastive_heads
+                pupil.queries, cached.queries, found[1], found[0].index, pupil.contrastive_heads
             )
             losses["contrastive"] = weights.contrastive * contrast * share
         if weights.logits:
-            soft = distill.logits_losses(output.logits, output.boxes_cxcywh, cached, boxes, options.mode, counts, found)
+            soft = distill.logits_losses(*predicted, cached, boxes, options.mode, counts, found)
             losses |= _named("logits", soft, weights.logits)
     return losses
 

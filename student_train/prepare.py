@@ -27,19 +27,25 @@ from common.teacher import detector_info, sha256_of
 from student_train.config import DataOptions, DistillationOptions, ModelOptions, TrainConfig
 from student_train.feed import CachedViews, Feed, FeedOptions, FreshViews
 from student_train.live import LiveTeacher
-from student_train.model import StudentInTraining
+from student_train.model import Bridge, StudentInTraining
 from student_train.objective import needed_fields
 from student_train.selection import Shards, finished_ranges, in_store, keep_to, say_if_unfinished
+from student_train.teachers import CachedTeachers, open_teachers
 
 
 @dataclass(frozen=True)
 class Data:
-    """What to train and to evaluate on. reader: of the store, None without one. policy: of the training samples."""
+    """What to train and to evaluate on. teachers: of the store, None without one. policy: of the training samples."""
 
     train: Annotations
     val: Annotations
     policy: AugmentPolicy
-    reader: CacheReader | None
+    teachers: CachedTeachers | None
+
+    @property
+    def reader(self) -> CacheReader | None:
+        """Of the store, or of its first teacher: which samples there are, and how they were augmented."""
+        return None if self.teachers is None else self.teachers.readers[0]
 
     @property
     def eval_policy(self) -> AugmentPolicy:
@@ -51,19 +57,23 @@ def prepare_data(options: DataOptions, settled: Callable[[CacheReader], Shards] 
 
     settled: which of the store's shards to train on.
     """
-    reader = CacheReader(options.cache, local_cache=options.local_cache) if options.cache is not None else None
+    teachers = (
+        open_teachers(options.cache, options.teachers, options.local_cache) if options.cache is not None else None
+    )
     train, val = (load_annotations(options.data, split) for split in (options.split, options.val_split))
     if val.category_ids != train.category_ids:
         raise UserError(
             f"{val.annotation_file}: expected the categories of {train.annotation_file}, found others:"
             " use splits of one data set"
         )
-    if reader is not None:
+    if teachers is not None:
+        reader = teachers.readers[0]
         if options.sizes is not None:
             raise UserError(
                 "--sizes was given together with --cache, whose samples are augmented already: leave it out"
             )
-        check_store(reader, train)
+        for of_teacher in teachers.readers:
+            check_store(of_teacher, train)
         keep_to(reader, settled(reader))
         say_if_unfinished(reader)
         train = in_store(train, reader)
@@ -71,7 +81,8 @@ def prepare_data(options: DataOptions, settled: Callable[[CacheReader], Shards] 
     if not options.skip_broken:
         check_images(train)
     check_images(val)
-    return Data(train, val, policy_of_sizes(options.sizes) if reader is None else reader.manifest.views.policy, reader)
+    policy = policy_of_sizes(options.sizes) if teachers is None else reader.manifest.views.policy
+    return Data(train, val, policy, teachers)
 
 
 def check_store(reader: CacheReader, annotations: Annotations) -> None:
@@ -111,7 +122,7 @@ def student_config(options: ModelOptions, classes: int, pretrained_backbone: boo
 
 
 def prepare_student(config: TrainConfig, data: Data) -> StudentInTraining:
-    """Build the student and load the weights it starts from. UserError where it does not fit the store's teacher."""
+    """Build the student and load the weights it starts from. UserError where it does not fit the store's teachers."""
     options, classes = config.model, data.train.num_classes
     source = None if options.init is None else load_detector(options.init)[0]
     architecture = student_config(options, classes, pretrained_backbone=options.backbone_weights is not None)
@@ -128,34 +139,39 @@ def prepare_student(config: TrainConfig, data: Data) -> StudentInTraining:
             f"the {architecture.backbone} starts from RANDOM weights, which takes far more images and epochs to learn:"
             " name torchvision's ImageNet weights with --backbone-weights FILE"
         )
-    distillation, reader, queries = config.distillation, data.reader, None
+    distillation = config.distillation
     live = prepare_live(distillation.live_teacher, data) if distillation.live_teacher and distillation.active else None
     if live is not None:
-        teacher, sizes = live.info, np.ones((1, 2), dtype=np.int32)  # of any size: it takes samples as they are
+        sizes = np.ones((1, 2), dtype=np.int32)  # of any size: it takes samples as they are
         queries = None if live.model.query_embeddings is None else live.model.query_embeddings.detach().clone()
-    elif reader is not None:
-        teacher, sizes = reader.manifest.teacher, reader.table.augmentation[:, 5:7]
-        queries = reader.constants.get("query_embeddings")
-        check_fields(reader, distillation)
+        teachers = [(live.info, queries)]
+    elif data.teachers is not None:
+        readers = data.teachers.readers
+        sizes = readers[0].table.augmentation[:, 5:7]
+        for reader in readers:
+            check_fields(reader, distillation)
+        teachers = [(reader.manifest.teacher, reader.constants.get("query_embeddings")) for reader in readers]
     else:
-        return StudentInTraining(detector, distillation.without_losses(), detector.config.width, None)
-    if distillation.needs_memory or distillation.needs_neck:
+        return StudentInTraining(detector, distillation.without_losses())
+    for teacher, _ in teachers if distillation.needs_memory or distillation.needs_neck else ():
         for line in match_report(teacher, sizes, detector.strides):
-            log.info(line)
-    return StudentInTraining(detector, distillation, teacher.channels, queries, live, len(teacher.strides))
+            log.info(line if len(teachers) == 1 else f"{teacher.name}: {line}")
+    bridges = [Bridge(detector, distillation, teacher, queries) for teacher, queries in teachers]
+    return StudentInTraining(detector, distillation, bridges, live)
 
 
 def prepare_live(path: Path, data: Data) -> LiveTeacher:
     """The teacher of that file, to run beside the student. UserError if it is not the one that wrote the store."""
-    info_of_store = None if data.reader is None else data.reader.manifest.teacher
+    of_store = [] if data.teachers is None else [reader.manifest.teacher for reader in data.teachers.readers]
     with torch.random.fork_rng(devices=[]):  # the student starts from the same weights with and without it
         model, report = load_detector(path)
     for line in report.lines():
         log.info(line)
     info = detector_info(model, str(path), sha256_of(path), trained=True)
-    if info_of_store is not None and info.weights_sha256 != info_of_store.weights_sha256:
+    if of_store and info.weights_sha256 not in [teacher.weights_sha256 for teacher in of_store]:
+        names = " or ".join(teacher.name for teacher in of_store)
         raise UserError(
-            f"--live-teacher {path} is not the teacher {info_of_store.name} that wrote the store: name that one, or"
+            f"--live-teacher {path} is not the teacher {names} that wrote the store: name that one, or"
             " leave --cache out"
         )
     log.warning(f"{path} runs beside the student in every step: for comparison with a cache, which spares that")
@@ -230,7 +246,7 @@ def prepare_feed(config: TrainConfig, data: Data, ranks: Ranks, device: torch.de
         skip_broken=options.skip_broken,
         skip_corrupt=options.on_corrupt == "skip",
     )
-    reader = data.reader if config.distillation.active and config.distillation.live_teacher is None else None
-    if reader is not None:
-        reader.choose_fields(needed_fields(config.distillation))
-    return Feed(source, data.train, reader, feed_options, ranks, pin=device.type == "cuda")
+    teachers = data.teachers if config.distillation.active and config.distillation.live_teacher is None else None
+    if teachers is not None:
+        teachers.prepare(needed_fields(config.distillation), config.optimisation.seed)
+    return Feed(source, data.train, teachers, feed_options, ranks, pin=device.type == "cuda")

@@ -9,10 +9,11 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.cache.schema import Manifest, differences
+from common.cache.schema import Manifest, TeacherInfo, differences
 from common.errors import UserError
 from common.evaluate import CocoMetrics
 from common.runtime import software_versions
@@ -20,6 +21,8 @@ from student_train.checkpoint import write_atomically, write_json
 from student_train.config import TrainConfig
 from student_train.selection import Shards
 from student_train.tracking import TRACKERS, EventFile, Tracker
+
+Teachers = Mapping[str, TeacherInfo] | None  # of a store of several, by name
 
 TIME = "%Y-%m-%dT%H:%M:%S%z"
 RUN, METRICS = "run.json", "metrics.jsonl"  # how a run was started; a line for each step and evaluation
@@ -44,11 +47,16 @@ class RunFolder:
         self._tracker: Tracker | None = None
 
     def start(
-        self, config: TrainConfig, manifest: Manifest | None, parameters: int, shards: Shards | None = None
+        self,
+        config: TrainConfig,
+        manifest: Manifest | None,
+        parameters: int,
+        shards: Shards | None = None,
+        teachers: Teachers = None,
     ) -> None:
         """Make the folder and record what decides the run. UserError if another run is there already.
 
-        shards: of the store that the run trains on.
+        shards: of the store that the run trains on. teachers: of a store of several, whose first has the manifest.
         """
         if not self._writes:
             return
@@ -70,6 +78,7 @@ class RunFolder:
                 **_circumstances(),
                 "store": None if manifest is None else manifest.to_json(),
                 "shards": shards,
+                "teachers": None if teachers is None else {name: vars(teacher) for name, teacher in teachers.items()},
             },
         )
 
@@ -87,11 +96,17 @@ class RunFolder:
             )
         return record.get("shards") or [[0, manifest.layout.shards]]
 
-    def go_on(self, config: TrainConfig) -> None:
-        """Note that the run is continued. UserError if there is none, or one of another configuration."""
+    def go_on(self, config: TrainConfig, teachers: Teachers = None) -> None:
+        """Note that the run is continued. UserError if there is none, or one of another configuration or teachers."""
         if not self._writes:
             return
         record = self._check_same(config)
+        before, now = (sorted(names or ()) for names in (record.get("teachers"), teachers))
+        if before != now:
+            raise UserError(
+                f"{self.path} was started with the teachers {', '.join(before)}, found {', '.join(now)} in the store: a"
+                " run continues as it began"
+            )
         self._track(config)
         record["continued"] = [*record.get("continued", []), _circumstances()]
         write_json(self.record, record)

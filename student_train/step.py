@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -66,18 +66,20 @@ class Training:
         return next(self.student.parameters()).device
 
 
-def agree(training: Training, step: TrainingStep, stop: bool) -> tuple[StepCounts, bool]:
-    """What the losses of a step are divided by, and whether some rank was told to stop. All ranks call this at once."""
-    queries, cached, live = training.student.detector.config.queries, step.parts[0].cached, training.student.live
-    of_teacher = queries if live is None else live.info.queries
-    own = own_counts(step.box_counts, queries, of_teacher if cached is None else cached.logits.shape[2])
-    mean = mean_over_ranks(torch.cat((own, own.new_tensor([stop]))).to(training.device))
+def agree(training: Training, step: TrainingStep, stop: bool) -> tuple[list[StepCounts], bool]:
+    """What the losses of a step are divided by, for each teacher, and whether some rank was told to stop.
+
+    All ranks call this at once.
+    """
+    student = training.student
+    own = own_counts(step.box_counts, student.detector.config.queries, student.teacher_queries)
+    mean = mean_over_ranks(torch.cat((own.flatten(), own.new_tensor([stop]))).to(training.device))
     stopping = stop if isinstance(training.model, StudentInTraining) else bool(mean[-1] > 0)
-    return StepCounts.of_mean(mean[:-1]), stopping
+    return [StepCounts.of_mean(of_teacher) for of_teacher in mean[:-1].view_as(own)], stopping
 
 
 def train_step(
-    training: Training, step: TrainingStep, counts: StepCounts, *, clip: float, amp: str = "off"
+    training: Training, step: TrainingStep, counts: Sequence[StepCounts], *, clip: float, amp: str = "off"
 ) -> tuple[dict[str, float], float]:
     """One step; returns this rank's weighted losses by name and the norm of the gradient before clipping.
 
@@ -92,8 +94,8 @@ def train_step(
         part = part.to(device)
         with _gradients_shared(training.model, last=index == len(step.parts) - 1):
             with autocast(device, amp):
-                output = training.model(part.batch.images, part.batch.padding_mask)
-            losses = losses_of(output, part.batch.targets, part.cached, training.student.options, counts)
+                output = training.model(part.batch.images, part.batch.padding_mask, part.taught)
+            losses = losses_of(output, part.batch.targets, part.lessons, training.student.options, counts)
             scaler.scale(torch.stack(list(losses.values())).sum()).backward()  # type: ignore[no-untyped-call]
         sums = {name: sums[name] + loss.detach() if sums else loss.detach() for name, loss in losses.items()}
     scaler.unscale_(training.optimizer)

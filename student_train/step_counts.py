@@ -30,21 +30,30 @@ class StepCounts:
     pairs: Tensor
 
     @classmethod
-    def from_ranks(cls, own: Tensor) -> StepCounts:
-        """From `own_counts` of every rank's samples. All ranks have to call this at once."""
-        return cls.of_mean(mean_over_ranks(own))
-
-    @classmethod
     def of_mean(cls, mean: Tensor) -> StepCounts:
         """From the mean over ranks of `own_counts`."""
         return cls(*mean.float().clamp(min=1).unbind())
 
 
-def own_counts(boxes: Sequence[int], student_queries: int, teacher_queries: int) -> Tensor:
-    """The counts (5,) float64 of one rank's samples with these numbers of ground-truth boxes.
+def counts_of_step(
+    boxes: Sequence[int], student_queries: int, teacher_queries: Sequence[int], device: torch.device
+) -> list[StepCounts]:
+    """For each teacher, from the boxes of this rank's samples. All ranks have to call this at once."""
+    mean = mean_over_ranks(own_counts(boxes, student_queries, teacher_queries).to(device))
+    return [StepCounts.of_mean(of_teacher) for of_teacher in mean]
 
-    A matching pairs off as many as there are on the smaller side: the teacher's gave min(boxes, its queries) a box.
+
+def own_counts(boxes: Sequence[int], student_queries: int, teacher_queries: Sequence[int]) -> Tensor:
+    """The counts (M, 5) float64 of one rank's samples with these numbers of ground-truth boxes.
+
+    teacher_queries: Q of each of M teachers, whichever samples it teaches; without a teacher there is one row, too.
     """
+    rows = [_counts_of_teacher(boxes, student_queries, queries) for queries in teacher_queries or (student_queries,)]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _counts_of_teacher(boxes: Sequence[int], student_queries: int, teacher_queries: int) -> tuple[int, ...]:
+    """A matching pairs off as many as there are on the smaller side: the teacher's own gave min(boxes, Q) a box."""
     with_box = [min(count, teacher_queries) for count in boxes]
     positives = [min(count, student_queries) for count in with_box]
     negatives = [
@@ -52,5 +61,4 @@ def own_counts(boxes: Sequence[int], student_queries: int, teacher_queries: int)
         for teacher, student in zip(with_box, positives, strict=True)
     ]
     pairs = len(boxes) * min(teacher_queries, student_queries)
-    counts = (len(boxes), sum(boxes), sum(positives), sum(negatives), pairs)
-    return torch.tensor(counts, dtype=torch.float64)
+    return len(boxes), sum(boxes), sum(positives), sum(negatives), pairs

@@ -56,16 +56,21 @@ class DataOptions:
 class TeacherOptions:
     """The model that runs once."""
 
-    teacher: str = "teacher.pth"
+    teacher: Annotated[str | tuple[str, ...], tyro.conf.arg(metavar="TEACHER ...")] = "teacher.pth"
     """Checkpoint file (official Deformable DETR, MMDetection, DETRDistill, transformers, or a student of this project),
     hf:DIRECTORY for a detector of the DETR family from Hugging Face transformers (docs/teachers.md), or random:r101
-    (r50, r18, ...) for a trial with untrained weights."""
+    (r50, r18, ...) for a trial with untrained weights. Of several, or of one given as NAME=TEACHER, each gets a store
+    of its own within the store, OUT/NAME; those that are there already stay."""
     teacher_size: OptionalSize = None
     """Pixels that an hf: teacher resizes every sample to, instead of what its preprocessor_config.json says."""
     batch_size: int = 4
     """Samples that the teacher sees at once."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        return (self.teacher,) if isinstance(self.teacher, str) else self.teacher
 
 
 @dataclass(frozen=True)

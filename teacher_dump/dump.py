@@ -15,19 +15,22 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from tqdm import tqdm
 
 from common.ahead import map_ahead
+from common.cache.members import create_group
 from common.cache.plan import store_bytes
 from common.cache.writer import Record
-from common.coco import check_images, load_annotations
+from common.coco import Annotations, check_images, load_annotations
 from common.runtime import Ranks, choose_device, log, read_ranks
 from common.subset import take_subset
 from teacher_dump.config import DumpConfig
 from teacher_dump.encode import CALIBRATION_SAMPLES, calibrate, encode_records, read_statistics, run_teacher
 from teacher_dump.job import Job, batches, load_sample, prepare
 from teacher_dump.score import score_store
-from teacher_dump.store import missing_shards, shard_rows, writable_store, write_shards
+from teacher_dump.several import one_by_one
+from teacher_dump.store import missing_shards, shard_rows, writable_store, write_errors, write_shards
 from teacher_dump.teachers import load_teacher
 
 
@@ -42,12 +45,28 @@ class Summary:
 
 
 def run_dump(config: DumpConfig) -> Summary:
-    """Write, or complete, the store that `config` asks for."""
+    """Write, or complete, the store that `config` asks for; of several teachers one after the other."""
     ranks = read_ranks()
     device = choose_device(config.teacher.device, ranks)
     annotations = take_subset(load_annotations(config.data.data, config.data.split), config.data.subset)
     check_images(annotations)
-    teacher = load_teacher(config.teacher.teacher, annotations, device, config.teacher.teacher_size)
+    dumps = one_by_one(config)
+    if dumps != [config] and ranks.is_first:
+        with write_errors(config.store.out):
+            create_group(config.store.out)
+    done = [_dump_teacher(one, annotations, device, ranks) for one in dumps]
+    return Summary(
+        sum(summary.samples for summary in done),
+        sum(summary.written_bytes for summary in done),
+        sum(summary.duration_s for summary in done),
+        tuple(dict.fromkeys(reason for summary in done for reason in summary.broken)),
+    )
+
+
+def _dump_teacher(config: DumpConfig, annotations: Annotations, device: torch.device, ranks: Ranks) -> Summary:
+    """The store of one teacher, which leaves memory when this returns."""
+    (name,) = config.teacher.teachers
+    teacher = load_teacher(name, annotations, device, config.teacher.teacher_size)
     job = prepare(config, annotations, teacher)
     log.info(
         f"{config.store.out}: {len(annotations.entries)} images x {config.data.views} views ="

@@ -25,6 +25,7 @@ from common.runtime import choose_device, software_versions
 from common.subset import take_subset
 from common.teacher import Teacher
 from teacher_dump.config import DataOptions, DumpConfig, SourceOptions
+from teacher_dump.several import split_name
 from teacher_dump.teachers import load_teacher
 
 Item = TypeVar("Item")
@@ -104,7 +105,7 @@ def job_of_store(store: Path, source: SourceOptions, *, same_software: bool) -> 
         annotations = take_subset(annotations, found.data.images)
     check_images(annotations)
     device = choose_device(source.device)
-    teacher = load_teacher(source.teacher, annotations, device, found.teacher.input_size)
+    teacher = load_teacher(split_name(source.teacher)[1], annotations, device, found.teacher.input_size)
     expected = replace(
         found,
         teacher=teacher.info,

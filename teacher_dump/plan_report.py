@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from common.cache.plan import field_bytes, store_bytes
 from common.cache.storage import locate
-from common.coco import load_annotations
+from common.coco import Annotations, load_annotations
 from common.errors import UserError
 from common.runtime import choose_device
 from common.subset import take_subset
 from teacher_dump.config import DumpConfig, PlanConfig
 from teacher_dump.encode import Statistics, calibrate, encode_records, run_teacher, statistics_of
 from teacher_dump.job import Job, load_sample, prepare
+from teacher_dump.several import one_by_one
 from teacher_dump.tables import duration, facts, size, table
 from teacher_dump.teachers import RANDOM, load_teacher
 
@@ -40,12 +41,23 @@ def run_plan(config: PlanConfig) -> str:
     if config.measure < 0 or config.student_epochs < 1:
         raise UserError("expected --measure of 0 or more and --student-epochs of 1 or more")
     annotations = take_subset(load_annotations(config.data.data, config.data.split), config.data.subset)
-    shapes_only = torch.device("meta" if config.teacher.teacher.startswith(RANDOM) else "cpu")
+    dumps = one_by_one(DumpConfig(config.data, config.teacher, config.store))
+    plans = [_plan_teacher(replace(config, teacher=one.teacher, store=one.store), annotations) for one in dumps]
+    total_bytes, free = sum(needed for needed, _ in plans), locate(config.store.out).free_bytes()
+    together = [] if len(plans) == 1 else ["", f"all teachers: {size(total_bytes)}; free: {_room(total_bytes, free)}"]
+    return "\n".join([*(line for _, lines in plans for line in lines), *together])
+
+
+def _plan_teacher(config: PlanConfig, annotations: Annotations) -> tuple[int, list[str]]:
+    """The bytes of one teacher's store, and the lines about it."""
+    (name,) = config.teacher.teachers
+    shapes_only = torch.device("meta" if name.startswith(RANDOM) else "cpu")
     device = choose_device(config.teacher.device) if config.measure else shapes_only
-    teacher = load_teacher(config.teacher.teacher, annotations, device, config.teacher.teacher_size)
+    teacher = load_teacher(name, annotations, device, config.teacher.teacher_size)
     job = prepare(DumpConfig(config.data, config.teacher, config.store), annotations, teacher)
     costs = measure(job, config.measure) if config.measure else None
-    return "\n".join(["", *_store_lines(job, config), "", *_cost_lines(job, config, costs, str(device))])
+    lines = ["", *_store_lines(job, config), "", *_cost_lines(job, config, costs, str(device))]
+    return store_bytes(job.manifest, job.plan.table), lines
 
 
 def measure(job: Job, batches: int) -> Costs:

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,8 @@ from common.cache.storage import TEMPORARY, Folder, Location, Storage, locate
 from common.cache.writer import Record, ShardWriter, create_store, finished_shards, remove_partial
 from common.errors import UserError
 from common.runtime import Ranks, log
+
+PATIENCE = timedelta(days=30)  # torch's own, half an hour, is less than ranks may differ by
 
 Constants = Mapping[str, npt.NDArray[np.float32]]
 Batches = Iterable[tuple[Sequence[Record], Sequence[int]]]  # records, and which rows of the store are blank among them
@@ -47,13 +50,12 @@ def writable_store(
     configuration, if another job writes to it, or, unless not `needs_room`, if the disk has none for what is missing.
     """
     first, others = ranks.is_first, ranks.world_size > 1
-    if others:
-        dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world_size)
+    if others and not dist.is_initialized():  # once: of several teachers, a rank may wait long for the others
+        dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world_size, timeout=PATIENCE)
     with write_errors(out):
         lock = _begin(out, manifest, plan, constants, needs_room) if first else None
     if others:
         dist.barrier()
-        dist.destroy_process_group()
     lock = lock if first else _lock(locate(out), fcntl.LOCK_SH)
     try:
         yield

@@ -11,7 +11,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import google_crc32c
 import numpy as np
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from common.ahead import map_ahead
+from common.cache.members import member_names, member_path
 from common.cache.plan import SampleTable
 from common.cache.reader import read_constants, read_manifest
 from common.cache.schema import ATTRIBUTE, CHECKSUM_BYTES, MISSING, Field, Layout, Manifest
@@ -33,6 +35,7 @@ from common.cache.writer import (
     read_table,
     shard_key,
 )
+from common.errors import UserError
 from common.runtime import log
 from teacher_dump.compare import compare_with_teacher
 from teacher_dump.config import VerifyConfig
@@ -73,7 +76,19 @@ class Findings:
 
 
 def run_verify(config: VerifyConfig) -> bool:
-    """Whether all is well; prints what is not."""
+    """Whether all is well, with every teacher of several; prints what is not."""
+    names = member_names(config.store)
+    if names and config.against_teacher:
+        raise UserError(
+            f"expected a store of one teacher with --against-teacher, found {config.store}, which has several: name one"
+            f" of them, such as {member_path(config.store, names[0])}"
+        )
+    paths = [Path(member_path(config.store, name)) for name in names] or [config.store]
+    sound = [_verify_teacher(replace(config, store=path)) for path in paths]  # all of them, whatever the first says
+    return all(sound)
+
+
+def _verify_teacher(config: VerifyConfig) -> bool:
     findings = examine(config.store, config.threads)
     print("\n".join(report(config.store, findings)))
     if not config.against_teacher or findings.table is None:

@@ -37,6 +37,7 @@ from student_train.live import live_targets
 from student_train.model import StudentInTraining
 from student_train.objective import losses_of
 from student_train.prepare import Data, prepare_data, prepare_live, prepare_student
+from student_train.teachers import Lesson
 from teacher_dump.config import DataOptions as DumpDataOptions
 from teacher_dump.config import DumpConfig, StoreOptions, TeacherOptions
 from teacher_dump.dump import run_dump
@@ -136,7 +137,8 @@ def gradient(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Losses, and the gradient of their sum by parameter."""
     student.zero_grad()
-    losses = losses_of(student(batch.images, batch.padding_mask), batch.targets, cached, student.options)
+    output = student(batch.images, batch.padding_mask)
+    losses = losses_of(output, batch.targets, [Lesson(cached)], student.options)
     torch.stack(list(losses.values())).sum().backward()
     found = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
     return {name: loss.detach() for name, loss in losses.items()}, found
@@ -306,14 +308,15 @@ def test_fgd_from_the_cache_equals_a_direct_computation(folder: Path) -> None:
     assert data.reader is not None
     batch, rows = first_batch(data)
     student = prepare_student(config, data).eval()
-    assert student.fgd_blocks is not None
-    assert student.neck_projection is not None
+    (bridge,) = student.bridges
+    assert bridge.fgd_blocks is not None
+    assert bridge.neck_projection is not None
     found, _ = gradient(student, batch, data.reader.read(rows))
 
     teacher = load_detector(folder / "teacher.safetensors")[0].eval()
     teacher_maps, student_maps = [], []
     with torch.no_grad():
-        own = student.neck_projection(student.detector(batch.images, batch.padding_mask).neck)
+        own = bridge.neck_projection(student.detector(batch.images, batch.padding_mask).neck)
         for index, mask in enumerate(batch.padding_mask):
             height, width = int((~mask[:, 0]).sum()), int((~mask[0]).sum())
             grid = level_shapes(height, width, teacher.strides)
@@ -323,7 +326,7 @@ def test_fgd_from_the_cache_equals_a_direct_computation(folder: Path) -> None:
             teacher_maps.append(maps_of(output.neck[0, token_positions_in_batch(grid, output.level_shapes)], grid))
             batch_shapes = level_shapes(*batch.images.shape[-2:], teacher.strides)
             student_maps.append(maps_of(own[index, token_positions_in_batch(grid, batch_shapes)], grid))
-        expected = fgd_directly(teacher_maps, student_maps, batch.targets, student.fgd_blocks)
+        expected = fgd_directly(teacher_maps, student_maps, batch.targets, bridge.fgd_blocks)
     for name, term in expected.items():
         torch.testing.assert_close(found[f"fgd/{name}"].double(), term, rtol=1e-4, atol=0, msg=name)
     data.reader.close()

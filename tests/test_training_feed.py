@@ -26,6 +26,7 @@ from student_train.batching import (
 )
 from student_train.feed import CachedViews, Feed, FeedOptions, FreshViews, Work
 from student_train.progress import Progress, Totals, bottleneck
+from student_train.teachers import CachedTeachers
 from tests.training_cases import IMAGES, SIDE, make_store
 
 OPTIONS = FeedOptions(batch_size=4, seed=3, workers=3, prefetch=2)
@@ -171,20 +172,20 @@ def test_damaged_records(folder: Path, tmp_path: Path) -> None:
     reader, sound = CacheReader(store), CacheReader(folder / "store.zarr")
     (damage,) = reader.read_sound(reader.rows())[1]
     source = CachedViews(annotations, reader)
-    feed = Feed(source, annotations, reader, OPTIONS)
+    feed = Feed(source, annotations, CachedTeachers([""], [reader]), OPTIONS)
     with pytest.raises(UserError, match=rf"image {damage.image_id}, .*--on-corrupt skip"):
         list(feed.epoch(damage.view))
     feed.close()
     reader.close()
     reader = CacheReader(store)
-    feed = Feed(source, annotations, reader, replace(OPTIONS, skip_corrupt=True))
+    feed = Feed(source, annotations, CachedTeachers([""], [reader]), replace(OPTIONS, skip_corrupt=True))
     seen = []
     for step in feed.epoch(damage.view):
         (part,) = step.parts
         rows = [int(np.flatnonzero((sound.table.image_id == i) & (sound.table.view == damage.view))[0])
                 for i in part.image_ids]  # fmt: skip
-        assert part.cached is not None
-        assert torch.equal(part.cached.tokens, sound.read(rows).tokens)
+        (lesson,) = part.lessons
+        assert torch.equal(lesson.cached.tokens, sound.read(rows).tokens)
         seen += part.image_ids
     feed.close()
     assert feed.corrupt == {(damage.image_id, damage.view)}

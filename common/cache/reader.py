@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from common.cache.members import member_names, member_path
 from common.cache.pages import REASONS, WHOLE, Placement, memory_at, read_samples
 from common.cache.plan import SampleTable, level_strides
 from common.cache.schema import ATTRIBUTE, CHECKSUM_BYTES, Manifest
@@ -125,6 +126,10 @@ class CacheReader:
         """From now on only these (shards,) count as finished, as if the others were still to be written."""
         self.finished_shards &= shards
         self._readable &= np.repeat(shards, self.manifest.layout.shard_samples)[: len(self.table)]
+
+    def keep_rows(self, rows: npt.NDArray[np.bool_]) -> None:
+        """From now on only these (N,) can be read, of those that could."""
+        self._readable &= rows
 
     def choose_fields(self, names: Collection[str]) -> None:
         """From now on read only the store's fields of these names: what no loss needs takes no bandwidth.
@@ -325,6 +330,11 @@ def read_manifest(store: Location) -> Manifest:
         attributes = json.loads(metadata)["attributes"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{storage}/zarr.json is not a Zarr v3 group ({error!r}); dump the store again") from None
+    if ATTRIBUTE not in attributes and (names := member_names(storage)):
+        raise UserError(
+            f"expected a store of one teacher, found {storage}, which has several ({', '.join(names)}): name one of"
+            f" them, such as {member_path(storage, names[0])}"
+        )
     return Manifest.from_json(attributes.get(ATTRIBUTE), str(storage))
 
 

@@ -250,7 +250,7 @@ class Bucket:
         return ObjectStore(self.client, read_only=True)
 
     def _list(self, folder: str) -> Any:
-        return self._call(lambda obstore: obstore.list_with_delimiter(self.client, f"{folder}/"))
+        return self._call(lambda obstore: obstore.list_with_delimiter(self.client, f"{folder}/" if folder else None))
 
     def _call(self, ask: Callable[[Any], Result]) -> Result:
         obstore = _import_obstore()

@@ -22,10 +22,20 @@ import torch
 from torch import Tensor
 
 from common.augment import policy_of_sizes
-from common.cache.codec import ChannelStatistics, encode_tokens, measure_channels
+from common.cache.codec import ChannelStatistics, encode_logits, encode_tokens, measure_channels
 from common.cache.reader import CacheReader
 from common.cache.sampling import draw_tokens
-from common.cache.schema import CodecInfo, DataInfo, Layout, Manifest, Rounding, TeacherInfo, TokenCodec, ViewInfo
+from common.cache.schema import (
+    CodecInfo,
+    DataInfo,
+    Layout,
+    LogitsCodec,
+    Manifest,
+    Rounding,
+    TeacherInfo,
+    TokenCodec,
+    ViewInfo,
+)
 from common.coco import load_annotations
 from common.images import collate
 from common.records import Batch, CachedBatch
@@ -36,6 +46,7 @@ from student_train.feed import CachedViews, replay
 from student_train.model import StudentInTraining, StudentOutput
 from student_train.objective import losses_of
 from student_train.prepare import prepare_data, prepare_student
+from student_train.teachers import Lesson
 from teacher_dump import config as dumping
 from teacher_dump.dump import run_dump
 
@@ -62,24 +73,26 @@ class Setting:
 
 @dataclass(frozen=True)
 class Stored:
-    """How tokens are stored. bits: 1 or 2 a value, with int4's scales, which no store can hold yet; 0 for the codec."""
+    """How tokens and logits are stored. one_bit: a bit for each value, with int2's scales, which no store can hold."""
 
     keep: float
     codec: TokenCodec
     rounding: Rounding = "nearest"
-    bits: int = 0
+    logits: LogitsCodec = "float"
+    one_bit: bool = False
 
     @property
     def name(self) -> str:
         stochastic = " stochastic" if self.rounding == "stochastic" else ""
-        return f"{self.bits} bit, simulated" if self.bits else f"{self.codec}{stochastic}"
+        logits = ", logits uint8" if self.logits == "uint8" else ""
+        return f"{'1 bit, simulated' if self.one_bit else self.codec}{stochastic}{logits}"
 
     def bytes(self, teacher: TeacherInfo, classes: int, tokens: int) -> float:
         """A sample's bytes in all fields but the queries, which none of the losses here reads."""
-        codec = CodecInfo(self.codec, self.keep, rounding=self.rounding, queries=False)
+        codec = CodecInfo(self.codec, self.keep, rounding=self.rounding, queries=False, logits=self.logits)
         token_bytes, sample_bytes = row_bytes(codec, teacher, classes)
-        if self.bits:
-            token_bytes -= teacher.channels * (4 - self.bits) // 8
+        if self.one_bit:
+            token_bytes -= teacher.channels // 8
         return self.keep * tokens * token_bytes + sample_bytes
 
 
@@ -105,11 +118,13 @@ def dense_bytes(teacher: TeacherInfo, classes: int, tokens: int) -> float:
 
 CHOICES = [
     Stored(1.0, "fp16"),
-    *(Stored(keep, "int8") for keep in (1.0, 0.5, 0.25, 0.1)),
-    *(Stored(keep, "int4") for keep in (1.0, 0.5, 0.35, 0.25, 0.2, 0.1)),
-    *(Stored(keep, "int4", "stochastic") for keep in (1.0, 0.5, 0.25, 0.1)),
-    *(Stored(keep, "int4", bits=2) for keep in (1.0, 0.5, 0.35, 0.2)),
-    *(Stored(keep, "int4", bits=1) for keep in (1.0, 0.7, 0.5, 0.25)),
+    Stored(1.0, "fp16", logits="uint8"),
+    *(Stored(keep, "int8") for keep in (1.0, 0.5, 0.25)),
+    *(Stored(keep, "int4") for keep in (1.0, 0.5, 0.24)),
+    *(Stored(keep, "int4", "stochastic") for keep in (1.0, 0.24)),
+    *(Stored(keep, "int4", logits="uint8") for keep in (0.32,)),
+    *(Stored(keep, "int2", logits="uint8") for keep in (1.0, 0.8, 0.57, 0.45, 0.35, 0.2)),
+    *(Stored(keep, "int2", logits="uint8", one_bit=True) for keep in (1.0, 0.7)),
 ]
 
 
@@ -121,8 +136,8 @@ def encoded(exact: CachedBatch, how: Stored, channels: ChannelStatistics, ids: S
         kept = max(1, round(how.keep * len(tokens)))
         positions, kept_weights = draw_tokens(weights, kept, (0, ids[index], draw))
         part = dict(encode_tokens(tokens[positions], how.codec, channels, how.rounding, (0, ids[index], draw, 0)))
-        if how.bits:
-            part = {"tokens": few_bits(tokens[positions], channels, how.bits)}
+        if how.one_bit:
+            part = {"tokens": signs(tokens[positions], channels)}
         parts.append({**part, "positions": positions, "weights": kept_weights})
 
     def joined(name: str) -> Tensor:
@@ -141,14 +156,11 @@ def encoded(exact: CachedBatch, how: Stored, channels: ChannelStatistics, ids: S
     )
 
 
-def few_bits(tokens: Floats, channels: ChannelStatistics, bits: int) -> Floats:
-    """Decoded from the two or four levels that are best for normal values (Max, 1960), with a scale for each group."""
-    groups = CodecInfo("int4", 1.0).scales(tokens.shape[1])
+def signs(tokens: Floats, channels: ChannelStatistics) -> Floats:
+    """Decoded from one bit a value, with the scale of least squares for each group: the mean of the magnitudes."""
+    groups = CodecInfo("int2", 1.0).scales(tokens.shape[1])
     values = ((tokens - channels.channel_shift) / channels.channel_scale).reshape(len(tokens), groups, -1)
-    best = {1: 1.596, 2: 0.9957}[bits]  # step in standard deviations
-    step = best * np.sqrt(np.square(values).mean(axis=2, keepdims=True)).astype(np.float16).astype(np.float32)
-    half = 2 ** (bits - 1)
-    levels = (np.clip(np.floor(values / step), -half, half - 1) + 0.5) * step
+    levels = np.sign(values) * np.abs(values).mean(axis=2, keepdims=True)
     decoded: Floats = levels.reshape(tokens.shape) * channels.channel_scale + channels.channel_shift
     return decoded.astype(np.float32)
 
@@ -175,7 +187,7 @@ def prepare(setting: Setting, store: Path, steps: int) -> tuple[TrainConfig, Cac
     student.train()
     for number, (batch, cached, _) in enumerate(itertools.islice(batches(setting, data.reader), steps)):
         output = student(batch.images, batch.padding_mask)
-        losses = losses_of(output, batch.targets, cached, setting.distillation)
+        losses = losses_of(output, batch.targets, [Lesson(cached)], setting.distillation)
         optimizer.zero_grad()
         torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(student.parameters(), 0.1 if not setting.init else 1.0)
@@ -210,14 +222,14 @@ class Gradients:
 
     def features(self, cached: CachedBatch) -> Tensor:
         """Of the feature loss alone."""
-        output, memory = self.output.output, self.output.memory
+        output, memory = self.output.output, self.output.pupils[0].memory
         assert memory is not None
         aligned = align(memory, output.level_shapes, output.token_mask, self.output.strides, cached)
         return self._of(self.options.weights.features * feature_loss(aligned, cached))
 
     def others(self, cached: CachedBatch) -> Tensor:
         """Of all other losses, detection included."""
-        losses = losses_of(self.output, self.batch.targets, cached, self.options)
+        losses = losses_of(self.output, self.batch.targets, [Lesson(cached)], self.options)
         return self._of(torch.stack([loss for name, loss in losses.items() if name != "features"]).sum())
 
     def _of(self, loss: Tensor) -> Tensor:
@@ -235,17 +247,22 @@ def measure(setting: Setting, folder: Path, steps: int, count: int, draws: int) 
     for number, (batch, exact, ids) in enumerate(itertools.islice(batches(setting, reader, seed=1), count)):
         gradients = Gradients(student, student(batch.images, batch.padding_mask), batch, setting.distillation)
         dense, rest = gradients.features(exact), gradients.others(exact)
-        halves = gradients.others(replace(exact, logits=exact.logits.half()))
+        stored_logits = {
+            "float": exact.logits.half(),
+            "uint8": torch.from_numpy(encode_logits(exact.logits.numpy())),
+        }
+        others = {name: gradients.others(replace(exact, logits=logits)) for name, logits in stored_logits.items()}
+        change = {name: float((found - rest).norm() / (dense + rest).norm()) for name, found in others.items()}
         print(
             f"{setting.name}: batch {number}, gradient norms: features {dense.norm():.3g},"
-            f" all {(dense + rest).norm():.3g}; logits in float16 change"
-            f" {(halves - rest).norm() / (dense + rest).norm():.2g} of all",
+            f" all {(dense + rest).norm():.3g}; logits in float16 change {change['float']:.2g} of all, in uint8"
+            f" {change['uint8']:.2g}",
             flush=True,
         )
         for how in CHOICES:
             for draw in range(1 if how.keep == 1 and how.rounding == "nearest" else draws):
                 estimate = gradients.features(encoded(exact, how, channels, ids, draw))
-                found[how].append((*errors(estimate, dense), *errors(estimate + halves, dense + rest)))
+                found[how].append((*errors(estimate, dense), *errors(estimate + others[how.logits], dense + rest)))
     info, tokens = reader.manifest.teacher, float(reader.table.level_shapes.prod(axis=2).sum(axis=1).mean())
     classes, result = reader.manifest.num_classes, {}
     coco = replace(info, layers=6, queries=300, channels=256)

@@ -32,8 +32,9 @@ from common.records import CachedBatch, Targets
 from common.teacher import detector_info
 from student_train.config import DistillationOptions
 from student_train.live import LiveTeacher
-from student_train.model import StudentInTraining
+from student_train.model import Bridge, StudentInTraining
 from student_train.objective import losses_of
+from student_train.teachers import Lesson
 
 CLASSES, BOXES, SIZE = 80, 7, (480, 640)
 OPTIONS = {
@@ -75,9 +76,9 @@ class Steps:
         detector = DeformableDetr(PRESETS[student](CLASSES)).to(device).train()  # one for all, to save memory
         self.optimizer = torch.optim.AdamW(detector.parameters(), lr=1e-6)
         self.students = {
-            way: StudentInTraining(detector, OPTIONS[way], info.channels, queries, live if "live" in way else None).to(
-                device
-            )
+            way: StudentInTraining(
+                detector, OPTIONS[way], [Bridge(detector, OPTIONS[way], info, queries)], live if "live" in way else None
+            ).to(device)
             for way in ways
         }
 
@@ -85,8 +86,8 @@ class Steps:
         model, optimizer = self.students[way], self.optimizer
         optimizer.zero_grad()
         output = model(self.images, self.mask)
-        cached = self.cached if "cached" in way else None
-        losses = losses_of(output, self.targets, cached, model.options)
+        lessons = [Lesson(self.cached)] if "cached" in way else []
+        losses = losses_of(output, self.targets, lessons, model.options)
         torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
