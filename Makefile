@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench results clean
 .DEFAULT_GOAL := help
 
 help:
@@ -11,6 +11,7 @@ help:
 	@echo "make test   the tests"
 	@echo "make lint   ruff, mypy and the import contract"
 	@echo "make bench  speed and memory, as a table and build/bench.json"
+	@echo "make results  the tables and the plot of docs/results.md (hours; stopped, it goes on where it was)"
 
 .venv/ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -33,6 +34,9 @@ lint: .venv/ready
 
 bench: .venv/ready-bench
 	$(BIN)/python -m tests.benchmarks
+
+results: .venv/ready
+	$(BIN)/python -m tests.results
 
 # The demo's teacher is kept in docs/demo with the commands that made it; everything else is made here. Each product is
 # a file that appears when it is finished, so that a demo that was stopped goes on where it was.
@@ -60,10 +64,10 @@ $(DEMO)/runs/teacher/finished: | $(DEMO)/data
 
 # Same student, same start, same samples in the same order, same steps; only the losses differ.
 $(DEMO)/runs/plain/finished: LOSSES := --logits-weight 0 --feature-weight 0 --assignment-weight 0
-$(DEMO)/runs/distilled/finished: LOSSES := --logits-weight 0.2 --feature-weight 100 --assignment-weight 1
+$(DEMO)/runs/distilled/finished: LOSSES := --logits-weight 1 --feature-weight 1000 --assignment-weight 1
 $(DEMO)/runs/%/finished: | $(DEMO)/dumped
 	$(BIN)/python -m student_train --cache $(DEMO)/store.zarr --data $(DEMO)/data --student tiny --init $(TEACHER) \
-		--batch-size 16 --lr 1e-3 --schedule cosine --warmup-steps 100 --max-steps 600 --epochs 10 --eval-every 4 \
+		--batch-size 4 --lr 1e-3 --schedule cosine --warmup-steps 100 --max-steps 1000 --epochs 10 --workers 1 \
 		--out $(DEMO)/runs --name $* $(LOSSES) $(if $(wildcard $(DEMO)/runs/$*/checkpoints),--resume)
 	touch $@
 
