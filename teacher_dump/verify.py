@@ -177,7 +177,7 @@ def report(store: Location, findings: Findings) -> list[str]:
     finished = layout.shards - len(findings.missing_shards)
     counted = f"{finished} of {layout.shards} shards, {size(findings.read_bytes)} read"
     if findings.sound:
-        return [*lines, f"{store}: sound; {counted}, every checksum matches"]
+        return [*lines, f"{locate(store)}: sound; {counted}, every checksum matches"]
     rows = {row for damage in findings.damages for row in damage.rows}
     told = [f"{len(findings.bad_shards)} damaged ({len(rows)} samples named)"] if findings.bad_shards else []
     told += [f"{len(findings.missing_shards)} missing"] if findings.missing_shards else []
@@ -185,7 +185,7 @@ def report(store: Location, findings: Findings) -> list[str]:
     if any(damage.shard is None for damage in findings.damages):
         told.append("metadata damaged")
         remedy = "what all else depends on cannot be mended: dump it again to another place"
-    return [*lines, f"{store}: NOT sound; {counted}: {', '.join(told)}; {remedy}"]
+    return [*lines, f"{locate(store)}: NOT sound; {counted}: {', '.join(told)}; {remedy}"]
 
 
 def _examine_metadata(store: Location, manifest: Manifest) -> tuple[list[Damage], SampleTable | None]:

@@ -23,7 +23,8 @@ from common.cache.schema import CodecInfo, Manifest
 from common.cache.storage import Bucket, Folder, locate
 from common.cache.writer import ShardWriter, create_store, finished_shards, shard_key
 from common.errors import UserError
-from tests.dump_cases import contents, draw_scenes, dump
+from student_train.teachers import open_teachers
+from tests.dump_cases import command, contents, draw_scenes, dump
 from tests.s3_server import CannotStart, Server, Wire, environment, running_server
 from tests.test_cache import make_record, make_store_inputs, write_all
 
@@ -156,6 +157,30 @@ def test_a_shard_is_there_whole_or_not_at_all(url: str, wire: Wire, inputs: tupl
     assert "\n" not in str(caught.value)
     wire.mend()
     assert not finished_shards(url, manifest).any()
+
+
+def test_several_teachers_in_a_bucket(tmp_path: Path, url: str, wire: Wire, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two teachers dumped into a bucket, the second by a later command, against the same in a folder: equal files; the
+    commands and the reader find both, and the records read for a step are equal."""
+    data = draw_scenes(tmp_path / "scenes", 4)
+    folder = tmp_path / "store.zarr"
+    for out in (folder, url):
+        assert dump(data, out, "--teacher", "a=random:tiny") == 0
+        assert dump(data, out, "--teacher", "a=random:tiny", "b=random:tiny_teacher") == 0
+    assert contents(folder) == bucket_contents(url)
+    capsys.readouterr()
+    assert command("verify", url) == 0
+    assert f"{url}/b: sound" in capsys.readouterr().out
+    assert command("repair", url) == 2
+    assert f"such as {url}/a" in capsys.readouterr().err
+    local, remote = open_teachers(str(folder), "average"), open_teachers(url, "average")
+    assert remote.names == ("a", "b")
+    (ours, _), (theirs, _) = (teachers.read([3, 1], 0, teachers.buffers()) for teachers in (local, remote))
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.cached.tokens, other.cached.tokens)
+        assert torch.equal(one.cached.boxes_cxcywh, other.cached.boxes_cxcywh)
+    local.close()
+    remote.close()
 
 
 def test_a_dump_goes_on_after_the_network_was_cut(
