@@ -20,6 +20,9 @@ from common.errors import UserError
 
 log = logging.getLogger("detrcache")
 
+BAR_INTERVAL_S = 0.1 if sys.stderr.isatty() else 60.0
+"""Least time between two updates of a progress bar: a log file gets a line a minute, not thousands."""
+
 
 @dataclass(frozen=True)
 class Ranks:

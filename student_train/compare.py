@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,10 +33,14 @@ class Run:
     steps: tuple[dict[str, Any], ...]
 
     @property
-    def step_ms(self) -> float | None:
-        """Median duration of a step, its waits included."""
-        whole = [s["step_s"] + s["waiting_for_images_s"] + s["waiting_for_cache_s"] for s in self.steps]
-        return 1000 * median(whole) if whole else None
+    def durations_s(self) -> list[float]:
+        """Of each step, its waits included."""
+        return [s["step_s"] + s["waiting_for_images_s"] + s["waiting_for_cache_s"] for s in self.steps]
+
+    @property
+    def loss_names(self) -> list[str]:
+        """Of the losses by kind, e.g. "detection" for detection/class, detection/l1 and detection/giou."""
+        return list(dict.fromkeys(name.split("/")[0] for line in self.steps for name in line["losses"]))
 
 
 def read_run(folder: Path) -> Run:
@@ -52,15 +57,17 @@ def read_run(folder: Path) -> Run:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """One line for each run: its last evaluation, in percent, its steps and their median duration."""
-    header = ["run", "trained", *COLUMNS, "steps", "ms/step", "M params"]
+    """One line for each run: its last evaluation, in percent, its steps, their median and their whole duration."""
+    header = ["run", "trained", *COLUMNS, "steps", "ms/step", "time", "M params"]
     rows = []
     for run in runs:
         last = run.evaluations[-1][1] if run.evaluations else {}
         values = [f"{100 * last[key]:.1f}" if last.get(key, -1) >= 0 else "-" for key in _KEYS]
-        duration = "-" if run.step_ms is None else f"{run.step_ms:.0f}"
-        steps = str(run.steps[-1]["step"]) if run.steps else "-"
-        rows.append([run.name, run.what, *values, steps, duration, f"{run.parameters / 1e6:.2f}"])
+        took = ["-", "-", "-"]
+        if run.steps:
+            whole = timedelta(seconds=round(sum(run.durations_s)))
+            took = [str(run.steps[-1]["step"]), f"{1000 * median(run.durations_s):.0f}", str(whole)]
+        rows.append([run.name, run.what, *values, *took, f"{run.parameters / 1e6:.2f}"])
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [
         "  ".join(cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(cells))
@@ -70,26 +77,35 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def draw_curves(runs: Sequence[Run], path: Path) -> None:
-    """AP of every evaluation, and the detection loss, which all runs share, smoothed over a fiftieth of the steps."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    """AP of every evaluation, and each kind of loss as it was weighted, smoothed over a fiftieth of the steps."""
+    kinds = list(dict.fromkeys(name for run in runs for name in run.loss_names))
+    columns = min(3, 1 + len(kinds))
+    rows = -(-(1 + len(kinds)) // columns)
+    figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    colours = {run.name: f"C{number}" for number, run in enumerate(runs)}
     for run in runs:
         steps, aps = [step for step, _ in run.evaluations], [100 * metrics["ap"] for _, metrics in run.evaluations]
         if run.steps:
-            left.plot(steps, aps, marker="o", label=run.name)
-            smooth = _smoothed([_detection_loss(line) for line in run.steps])
-            right.plot([line["step"] for line in run.steps], smooth, label=run.name)
+            panels[0].plot(steps, aps, marker="o", label=run.name, color=colours[run.name])
         elif aps:
-            left.axhline(aps[-1], linestyle="--", color="grey", label=run.name)
-    left.set(xlabel="step", ylabel="AP (%)")
-    right.set(xlabel="step", ylabel="detection loss", yscale="log")
-    left.legend()
+            panels[0].axhline(aps[-1], linestyle="--", color="grey", label=run.name)
+    panels[0].set(xlabel="step", ylabel="AP (%)")
+    panels[0].legend()
+    for panel, kind in zip(panels[1:], kinds, strict=False):
+        for run in runs:
+            if kind in run.loss_names:
+                values = [_loss_of_kind(line, kind) for line in run.steps]
+                panel.plot([line["step"] for line in run.steps], _smoothed(values), color=colours[run.name])
+        panel.set(xlabel="step", ylabel=f"{kind} loss", yscale="log")
+    for panel in panels[1 + len(kinds) :]:
+        panel.set_axis_off()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
-def _detection_loss(line: dict[str, Any]) -> float:
-    return float(sum(value for name, value in line["losses"].items() if name.startswith("detection")))
+def _loss_of_kind(line: dict[str, Any], kind: str) -> float:
+    return float(sum(value for name, value in line["losses"].items() if name.split("/")[0] == kind))
 
 
 def _smoothed(values: list[float]) -> list[float]:

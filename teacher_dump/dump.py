@@ -23,7 +23,7 @@ from common.cache.members import create_group
 from common.cache.plan import store_bytes
 from common.cache.writer import Record
 from common.coco import Annotations, check_images, load_annotations
-from common.runtime import Ranks, choose_device, log, read_ranks
+from common.runtime import BAR_INTERVAL_S, Ranks, choose_device, log, read_ranks
 from common.subset import take_subset
 from teacher_dump.config import DumpConfig
 from teacher_dump.encode import CALIBRATION_SAMPLES, calibrate, encode_records, read_statistics, run_teacher
@@ -91,7 +91,9 @@ def write_missing(job: Job, out: Path, workers: int, skip_broken: bool, ranks: R
         broken: dict[str, None] = {}
         with (
             ThreadPoolExecutor(workers, "images") as pool,
-            tqdm(total=len(rows), unit=" samples", disable=not ranks.is_first, desc="teacher") as bar,
+            tqdm(
+                total=len(rows), unit=" samples", disable=not ranks.is_first, desc="teacher", mininterval=BAR_INTERVAL_S
+            ) as bar,
         ):
             samples = map_ahead(
                 pool, lambda row: load_sample(job, row, skip_broken), rows, ahead=2 * manifest.batch_size

@@ -17,7 +17,7 @@ from common.cache.schema import CodecInfo, Manifest
 from common.cache.storage import TEMPORARY, Folder, locate
 from common.cache.writer import SKIPPED, Record, blank_record, read_skipped, shard_key
 from common.errors import UserError
-from common.runtime import Ranks, log
+from common.runtime import BAR_INTERVAL_S, Ranks, log
 from teacher_dump.config import PruneConfig, TranscodeConfig, rounding_of
 from teacher_dump.encode import CALIBRATION_SAMPLES, Statistics, calibrate, encode_neck, read_statistics, stored_neck
 from teacher_dump.job import batches
@@ -59,7 +59,7 @@ def run_transcode(config: TranscodeConfig) -> None:
         new_statistics = read_statistics(config.out)
         shards = missing_shards(config.out, manifest, Ranks())
         left = sum(len(shard_rows(shard, manifest.layout)) for shard in shards)
-        with tqdm(total=left, unit=" samples", desc="transcode") as bar:
+        with tqdm(total=left, unit=" samples", desc="transcode", mininterval=BAR_INTERVAL_S) as bar:
 
             def batches_of(shard: int) -> Batches:
                 for rows in batches(shard_rows(shard, manifest.layout), ROWS_AT_ONCE):

@@ -36,7 +36,7 @@ from common.cache.writer import (
     shard_key,
 )
 from common.errors import UserError
-from common.runtime import log
+from common.runtime import BAR_INTERVAL_S, log
 from teacher_dump.compare import compare_with_teacher
 from teacher_dump.config import VerifyConfig
 from teacher_dump.tables import size
@@ -112,7 +112,7 @@ def examine(store: Location, threads: int) -> Findings:
         total_bytes = sum(file.expected_bytes(manifest.layout) for file in files)
         with (
             ThreadPoolExecutor(threads, "verify") as pool,
-            tqdm(total=total_bytes, unit="B", unit_scale=True, desc="verify") as bar,
+            tqdm(total=total_bytes, unit="B", unit_scale=True, desc="verify", mininterval=BAR_INTERVAL_S) as bar,
         ):
             found = map_ahead(pool, lambda file: examine_file(storage, manifest.layout, file), files, 2 * threads)
             for file, damage in zip(files, found, strict=True):
