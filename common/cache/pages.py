@@ -21,6 +21,7 @@ from common.cache.schema import CHECKSUM_BYTES
 
 GROUP_BYTES = 2**19  # read at once and checked before the next: stays in a core's second-level cache
 GROUP_PAGES = 256  # two buffers a page: below every system's IOV_MAX of 1024
+SHARES = 64  # that a batch is divided in between threads
 SCATTERED_BYTES = 2048  # pages from this size on are put into place by the kernel
 
 WHOLE, ENDS_EARLY, CHANGED = 0, 1, 2
@@ -57,14 +58,14 @@ class Placement:
 
 
 def read_samples(
-    placement: Placement, samples: Integers, files: Integers, part: int, parts: int, verify: bool
+    placement: Placement, samples: Integers, files: Integers, begin: int, end: int, verify: bool
 ) -> npt.NDArray[np.int8]:
-    """Read one part of `parts`, of about equally many bytes, of these samples of a batch.
+    """Read what lies between `begin` and `end`, in parts of SHARES of all bytes, of these samples of a batch.
 
     samples: (N,) which of the batch. files: (N, F) descriptors of their shard files. Returns (N, F): WHOLE, ENDS_EARLY
-    or CHANGED; WHOLE for what belongs to other parts.
+    or CHANGED; WHOLE for what lies elsewhere.
     """
-    return _read_samples(*vars(placement).values(), samples, files, part, parts, verify)  # type: ignore[call-arg, no-any-return]
+    return _read_samples(*vars(placement).values(), samples, files, begin, end, verify)  # type: ignore[call-arg, no-any-return]
 
 
 def memory_at(address: int, size: int) -> npt.NDArray[np.uint8]:
@@ -147,8 +148,8 @@ def _read_samples(
     page_bytes: Any,
     samples: Any,
     files: Any,
-    part: int,
-    parts: int,
+    begin: int,
+    end: int,
     verify: bool,
 ) -> Any:
     found = np.zeros(files.shape, dtype=np.int8)
@@ -172,16 +173,16 @@ def _read_samples(
                 samples[i],
                 field,
             )
-            mine = passed * parts // total == part
-            passed += left
             page = page_bytes[field]
-            while mine and left > 0 and found[i, field] == WHOLE:
+            while left > 0:
                 pages = min(max(1, GROUP_BYTES // (page + CHECKSUM_BYTES)), GROUP_PAGES, -(-left // page))
                 size = min(left, pages * page)
-                if page >= SCATTERED_BYTES:
-                    state = _read_scattered(files[i, field], at, page, pages, into, size, aside, buffers, verify)
-                else:
-                    state = _read_stripped(files[i, field], at, page, pages, into, size, aside, verify)
-                found[i, field] = state
+                if begin <= passed * SHARES // total < end and found[i, field] == WHOLE:
+                    if page >= SCATTERED_BYTES:
+                        state = _read_scattered(files[i, field], at, page, pages, into, size, aside, buffers, verify)
+                    else:
+                        state = _read_stripped(files[i, field], at, page, pages, into, size, aside, verify)
+                    found[i, field] = state
                 at, into, left = at + pages * (page + CHECKSUM_BYTES), into + size, left - size
+                passed += size
     return found

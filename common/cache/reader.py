@@ -23,17 +23,17 @@ import torch
 from torch import Tensor
 
 from common.cache.members import member_names, member_path
-from common.cache.pages import REASONS, WHOLE, Placement, memory_at, read_samples
+from common.cache.pages import REASONS, SHARES, WHOLE, Placement, memory_at, read_samples
 from common.cache.plan import SampleTable, level_strides
 from common.cache.schema import ATTRIBUTE, CHECKSUM_BYTES, Manifest
-from common.cache.shards import DamagedShard, LocalCopies, LocalShard, OpenShard, OpenShards, RemoteShard
+from common.cache.shards import DamagedShard, LocalCopies, LocalShard, OpenShards, RemoteShard
 from common.cache.storage import Bucket, Location, Storage, locate, read_array
 from common.cache.writer import CONSTANTS_GROUP, finished_shards, read_skipped, read_table, shard_key
 from common.errors import UserError
 from common.records import CachedBatch
 
 READ_THREADS = 2  # more gain nothing from a page cache; from a fast disk that is not cached they may
-PARTS = 2  # of a batch for each thread: who is held up leaves the rest to the others
+OWN_SHARE_LESS = 0.15  # of a thread's share that the reading thread leaves to the others
 REQUESTS = 16  # to a bucket, at once
 
 Verify = Literal["first", "always", "never"]
@@ -101,13 +101,14 @@ class CacheReader:
         self._readable[skipped] = False
         self._verify = verify
         self.choose_fields({field.name for field in self.manifest.fields()})
+        self._every_position = torch.arange(int(self.table.token_count.max(initial=0)), dtype=torch.int32)
         self._strides = torch.tensor(self.manifest.teacher.strides, dtype=torch.float32)[:, None].expand(-1, 2)
         remote = isinstance(self.storage, Bucket)
         self.copies: LocalCopies | None = None
         if isinstance(self.storage, Bucket) and local_cache is not None:
             self.copies = LocalCopies(self.storage, self.manifest, local_cache, local_cache_bytes)
         self._shards = OpenShards(self.storage, self.manifest, self.table, self.copies)
-        self._threads = threads
+        self._shares = [round(SHARES * index / (threads - OWN_SHARE_LESS)) for index in range(threads)]
         self._pool = ThreadPoolExecutor(REQUESTS if remote else max(1, threads - 1), "cache-reader")
 
     def __len__(self) -> int:
@@ -139,7 +140,11 @@ class CacheReader:
         layout, every = self.manifest.layout, self.manifest.fields()
         self._file_of_field = [index for index, field in enumerate(every) if field.name in names]  # in an open shard
         self.fields = tuple(every[index] for index in self._file_of_field)
-        self._left_out = tuple(field for field in every if field.name not in names)
+        self._left_out = {
+            field.name: torch.empty((0, *field.row_shape), dtype=getattr(torch, field.dtype))
+            for field in every
+            if field.name not in names
+        }
         self._verified = np.zeros(len(self.table), dtype=bool)
         self._per_token = np.array([f.per == "token" for f in self.fields])
         self._row_bytes = np.array([f.row_bytes for f in self.fields])
@@ -190,16 +195,17 @@ class CacheReader:
             row_bytes=self._row_bytes,
             page_bytes=self._page_bytes,
         )
-        opened = [self._open(shard) for shard in shards.tolist()]
-        damaged = {index: shard for index, shard in enumerate(opened) if isinstance(shard, DamagedShard)}
+        opened = self._shards.get(shards.tolist())
         local = {index: shard for index, shard in enumerate(opened) if isinstance(shard, LocalShard)}
-        remote = {index: shard for index, shard in enumerate(opened) if isinstance(shard, RemoteShard)}
+        damaged, remote = {}, {}
+        if len(local) < len(opened):
+            damaged = {index: shard for index, shard in enumerate(opened) if isinstance(shard, DamagedShard)}
+            remote = {index: shard for index, shard in enumerate(opened) if isinstance(shard, RemoteShard)}
         verify = self._verify == "always" or (self._verify == "first" and not self._verified[rows].all())
-        under_way = [self._start_local(local, placement, shards, verify)] if local else []
-        under_way += [self._start_remote(remote, placement)] if remote else []
-        read = {field.name: tensor for field, tensor in zip(self.fields, tensors, strict=True)}
-        read |= {f.name: torch.empty((0, *f.row_shape), dtype=getattr(torch, f.dtype)) for f in self._left_out}
-        batch = self._batch(rows, token_offsets, read, buffers)  # while they read
+        under_way = [self._start_remote(remote, placement)] if remote else []
+        under_way += [self._read_local(local, placement, shards, verify)] if local else []
+        read = {field.name: tensor for field, tensor in zip(self.fields, tensors, strict=True)} | self._left_out
+        batch = self._batch(rows, token_offsets, read, buffers)  # while the others read
         for finish in under_way:
             damaged |= finish()
         batch.assignment.copy_(read["assignment"])
@@ -207,31 +213,26 @@ class CacheReader:
             self._verified[np.delete(rows, list(damaged))] = True
         return batch, tuple(self._corrupt(int(rows[index]), damage) for index, damage in sorted(damaged.items()))
 
-    def _open(self, shard: int) -> OpenShard | DamagedShard:
-        try:
-            return self._shards.get(shard)
-        except DamagedShard as error:
-            return error
-
-    def _start_local(
+    def _read_local(
         self, local: dict[int, LocalShard], placement: Placement, shards: Rows, verify: bool
     ) -> Callable[[], dict[int, DamagedShard]]:
-        """Begin to read samples of open files. Calling the result joins in, and returns which are damaged."""
-        samples = np.array(list(local))
+        """Read this thread's part of samples of open files. Calling the result waits for the other threads' and
+        returns which samples are damaged.
+
+        Every thread reads one part in one call: between calls they would wait for the GIL. This thread's is smaller,
+        since it puts the batch together while the others go on.
+        """
+        samples = np.fromiter(local, dtype=np.int64, count=len(local))
         files = np.array([opened.descriptors for opened in local.values()])[:, self._file_of_field]
-        parts = PARTS * self._threads
-        waiting = iter(range(parts))
-
-        def work() -> npt.NDArray[np.int8]:
-            found = np.zeros(files.shape, dtype=np.int8)
-            for part in waiting:
-                found |= read_samples(placement, samples, files, part, parts, verify)
-            return found
-
-        others = [self._pool.submit(work) for _ in range(self._threads - 1)]
+        begins = self._shares
+        others = [
+            self._pool.submit(read_samples, placement, samples, files, begin, end, verify)
+            for begin, end in pairwise(begins)
+        ]
+        own = read_samples(placement, samples, files, begins[-1], SHARES, verify)
 
         def finish() -> dict[int, DamagedShard]:
-            found = work()
+            found = own
             for other in others:
                 found |= other.result()
             return {
@@ -281,8 +282,7 @@ class CacheReader:
         positions = read.get("token_positions")
         if positions is None:
             positions = buffers.tensor("token_positions", (int(token_offsets[-1]),), "int32")
-            for first, last in pairwise(token_offsets.tolist()):
-                torch.arange(last - first, out=positions[first:last])
+            torch.cat([self._every_position[:count] for count in np.diff(token_offsets).tolist()], out=positions)
         if self.manifest.teacher.input_size is None:
             strides = self._strides.expand(len(rows), -1, -1)
         else:

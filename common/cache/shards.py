@@ -12,6 +12,7 @@ import os
 import resource
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,21 +98,27 @@ class OpenShards:
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._lock = Lock()
 
-    def get(self, shard: int) -> OpenShard:
-        """An open shard. DamagedShard if a file is missing, or its index is not what it should be."""
+    def get(self, shards: Iterable[int]) -> list[OpenShard | DamagedShard]:
+        """Open shards; DamagedShard for those of which a file is missing or an index is not what it should be."""
         with self._lock:
-            opened = self._open.get(shard)
-            if opened is None or (isinstance(opened, RemoteShard) and self._copies and self._copies.has(shard)):
-                opened = self._open_shard(shard)
-                self._open[shard] = opened
-                if len(self._open) > self._most_open:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(shard)
-            return opened
+            return [self._get(shard) for shard in shards]
 
     def close(self) -> None:
         with self._lock:
             self._open.clear()
+
+    def _get(self, shard: int) -> OpenShard | DamagedShard:
+        opened = self._open.get(shard)
+        if opened is None or (isinstance(opened, RemoteShard) and self._copies and self._copies.has(shard)):
+            try:
+                opened = self._open_shard(shard)
+            except DamagedShard as error:
+                return error
+            self._open[shard] = opened
+            if len(self._open) > self._most_open:
+                self._open.popitem(last=False)
+        self._open.move_to_end(shard)
+        return opened
 
     def _open_shard(self, shard: int) -> OpenShard:
         keys = [shard_key(field, shard) for field in self._fields]
