@@ -367,25 +367,27 @@ def test_the_best_teacher_and_the_same_sample_in_both_stores(folder: Path) -> No
     looked up by (image, view); the members have their samples in different orders. A lesson's records are those of the
     sample, in the teacher's own store."""
     teachers = open_teachers(str(folder / "two.zarr"), "best")
-    teachers.prepare({"assignment", "boxes_cxcywh"}, seed=0)
-    fit, boxes = [], []
+    teachers.prepare({"assignment", "logits"}, seed=0)
+    fit, logits = [], []
     for name in teachers.names:
         group = zarr.open_group(folder / "two.zarr" / name, mode="r")
         keys = list(zip(group["samples/image_id"][:], group["samples/view"][:], strict=True))  # type: ignore[index]
         fit.append(dict(zip(keys, group["quality"][:][:, -1].sum(axis=1), strict=True)))  # type: ignore[index]
-        boxes.append(dict(zip(keys, group["boxes_cxcywh"][:], strict=True)))  # type: ignore[index]
+        logits.append(dict(zip(keys, group["logits"][:], strict=True)))  # type: ignore[index]
     table = teachers.readers[0].table
     assert not np.array_equal(table.image_id, teachers.readers[1].table.image_id)
     keys = list(zip(table.image_id, table.view, strict=True))
     expected = [int(fit[1][key] > fit[0][key]) for key in keys]
     assert len(set(expected)) == 2, "one teacher is best everywhere: the test has lost its subject"
     lessons, _ = teachers.read(range(len(keys)), 0, teachers.buffers())
-    for lesson in lessons:
-        assert lesson.samples is not None
-        for record, place in zip(lesson.cached.boxes_cxcywh.numpy(), lesson.samples.tolist(), strict=True):
-            assert expected[place] == lesson.teacher
-            assert np.array_equal(record, boxes[lesson.teacher][keys[place]])
-    assert sum(len(lesson.cached.boxes_cxcywh) for lesson in lessons) == len(keys)
+    taught = [None if lesson.samples is None else lesson.samples.tolist() for lesson in lessons]
+    assert taught == [[place for place, best in enumerate(expected) if best == teacher] for teacher in (0, 1)]
+    everything, _ = CachedTeachers(teachers.names, teachers.readers).read(range(len(keys)), 0, teachers.buffers())
+    assert not np.array_equal(logits[0][keys[0]], logits[0][keys[1]])
+    for lesson in (*lessons, *everything):
+        places = range(len(keys)) if lesson.samples is None else lesson.samples.tolist()
+        for record, place in zip(lesson.cached.logits.numpy(), places, strict=True):
+            assert np.array_equal(record, logits[lesson.teacher][keys[place]])
     teachers.close()
 
 
