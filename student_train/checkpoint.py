@@ -34,7 +34,7 @@ class Checkpoint:
 
     epoch and step_in_epoch: the next step's. step: steps done so far. evaluated_step: when the student was last
     evaluated, -1 for never. student: parameters and buffers, projections included. average: of the detector's moving
-    average, None without one. optimizer, scaler: torch's state dicts.
+    average, None without one. optimizer, scaler: torch's state dicts. balance: of balanced losses.
     """
 
     epoch: int
@@ -46,6 +46,7 @@ class Checkpoint:
     average: dict[str, Tensor] | None
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
+    balance: dict[str, dict[str, float]] | None = None
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:

@@ -96,6 +96,10 @@ MODE_WEIGHTS: dict[Mode, LossWeights] = {
     "paper": LossWeights(logits=1, features=20, assignment=1, contrastive=0, fgd=0),
     "released": LossWeights(logits=1, features=1, assignment=1, contrastive=0.2, fgd=0),
 }
+BALANCED_WEIGHTS: dict[Mode, LossWeights] = {  # with --balance, as ratios of gradients: docs/losses.md
+    "paper": LossWeights(logits=1, features=10, assignment=1, contrastive=0, fgd=0),
+    "released": LossWeights(logits=1, features=10, assignment=1, contrastive=0.2, fgd=0),
+}
 
 
 @dataclass(frozen=True)
@@ -105,20 +109,23 @@ class DistillationOptions:
     logits_weight: OptionalFloat = None
     """Hungarian-matching logits distillation. (default: 1)"""
     feature_weight: OptionalFloat = None
-    """Target-aware feature distillation. (default: paper 20, released 1)"""
+    """Target-aware feature distillation. (default: paper 20, released 1; with --balance 10)"""
     assignment_weight: OptionalFloat = None
     """Query-prior assignment distillation. (default: 1)"""
     contrastive_weight: OptionalFloat = None
     """Contrastive loss between matched queries. (default: paper 0, released 0.2)"""
     fgd_weight: OptionalFloat = None
     """FGD, focal and global distillation of the neck's features. (default: 0)"""
+    balance: bool = False
+    """Scale each distillation loss by itself, again and again, so that its gradient is its weight times as long as
+    that of the detection losses: weights are ratios then, the same for any data and student."""
     live_teacher: OptionalPath = None
     """For comparison only: run this teacher beside the student instead of reading its targets from the cache."""
 
     @property
     def weights(self) -> LossWeights:
         """The weights as given, the mode's where they were not."""
-        usual = MODE_WEIGHTS[self.mode]
+        usual = (BALANCED_WEIGHTS if self.balance else MODE_WEIGHTS)[self.mode]
         given = {
             "logits": self.logits_weight,
             "features": self.feature_weight,

@@ -12,6 +12,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._functorch import config as functorch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -23,8 +24,9 @@ from common.detr.detector import DeformableDetr
 from common.detr.weights import save_detector
 from common.evaluate import CocoMetrics
 from common.runtime import Ranks, choose_device, log, read_ranks, seed_generators, start_logging, start_processes
+from student_train.balance import Balance
 from student_train.checkpoint import Checkpoint, load_newest, save_checkpoint, write_atomically
-from student_train.config import TrainConfig
+from student_train.config import DistillationOptions, TrainConfig
 from student_train.ema import MovingAverage
 from student_train.evaluate import POLICY_KEY, average_precision, detect_split
 from student_train.feed import Feed, TrainingStep
@@ -93,12 +95,23 @@ def start(config: TrainConfig, data: Data, device: torch.device, ranks: Ranks) -
     optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.speed.amp == "fp16")
     average = MovingAverage(student.detector, options.ema) if options.ema is not None else None
+    balance = start_balance(student.options, data)
     if config.speed.compile:
+        # Balancing goes back through a graph more than once, which compiled parts refuse where they reuse its buffers.
+        functorch.donated_buffer = functorch.donated_buffer and balance is None
         compile_parts(student.detector, backbone=device.type != "cpu")
     model: nn.Module = student
     if ranks.world_size > 1:
         model = DistributedDataParallel(student, device_ids=[device] if device.type == "cuda" else None)
-    return Training(student, model, optimizer, scaler, average)
+    return Training(student, model, optimizer, scaler, average, balance)
+
+
+def start_balance(options: DistillationOptions, data: Data) -> Balance | None:
+    """The scales of the student's distillation losses, where they are asked for and there are any losses."""
+    if not (options.balance and options.active):
+        return None
+    one = data.teachers is None or options.live_teacher is not None
+    return Balance(options.weights, ("",) if one or data.teachers is None else data.teachers.names)
 
 
 def compile_parts(detector: DeformableDetr, backbone: bool) -> None:
@@ -122,6 +135,8 @@ def resume(training: Training, checkpoint: Checkpoint) -> None:
         training.average.student.load_state_dict(checkpoint.average)
     training.optimizer.load_state_dict(checkpoint.optimizer)
     training.scaler.load_state_dict(checkpoint.scaler)
+    if training.balance is not None and checkpoint.balance is not None:
+        training.balance.load_state_dict(checkpoint.balance)
     training.epoch, training.step_in_epoch = checkpoint.epoch, checkpoint.step_in_epoch
     training.step, training.evaluated_step = checkpoint.step, checkpoint.evaluated_step
     training.best_ap = checkpoint.best_ap
@@ -178,7 +193,7 @@ class Run:
             loss, step_s, lr = self.step(step)
             bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
             bar.update()
-            line = progress.line(training.step, total_steps, step, step_s, loss, lr)
+            line = progress.line(training.step, total_steps, step, step_s, loss, lr, training.scales)
             if line is not None:
                 log.info(line)
             if training.step == total_steps:
@@ -195,6 +210,7 @@ class Run:
         """
         training, options = self.training, self.config.optimisation
         begun = time.perf_counter()
+        scales = training.scales  # this step's; it may find others
         counts, stopping = agree(training, step, self.stop.requested)
         if stopping:
             self.save()
@@ -211,7 +227,7 @@ class Run:
         training.step, training.step_in_epoch = training.step + 1, step.number + 1
         loss, lr = sum(losses.values()), factor * options.scaled_lr
         training.totals.add(step, step_s, loss)
-        record = step_record(training.step, training.epoch, step, losses, gradient_norm, step_s, lr)
+        record = step_record(training.step, training.epoch, step, losses, gradient_norm, step_s, lr, scales)
         self.folder.write_metrics(record)
         return loss, step_s, lr
 
@@ -262,6 +278,7 @@ class Run:
                 average=training.average.student.state_dict() if training.average is not None else None,
                 optimizer=training.optimizer.state_dict(),
                 scaler=training.scaler.state_dict(),
+                balance=training.balance.state_dict() if training.balance is not None else None,
             )
             save_checkpoint(self.folder.checkpoints, checkpoint, self.config.output.keep)
             self.save_student(self.folder.last_weights)
@@ -294,12 +311,13 @@ class Run:
         distillation = training.student.options
         weights = vars(distillation.weights)
         chosen = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items() if weight)
+        mode = f"{distillation.mode}, balanced" if training.balance is not None else distillation.mode
         source = "plainly"
         if data.teachers is not None:
-            how = f"distilling {chosen} ({distillation.mode})" if chosen else "plainly on the samples"
+            how = f"distilling {chosen} ({mode})" if chosen else "plainly on the samples"
             source = f"{how} of {self.config.data.cache} ({data.teachers})"
         if training.student.live is not None:
-            source = f"distilling {chosen} ({distillation.mode}), teacher {training.student.live.info.name} run live"
+            source = f"distilling {chosen} ({mode}), teacher {training.student.live.info.name} run live"
         scaled = f" ({options.lr:g} x {options.batch_size} / 32)" if options.scale_lr else ""
         accumulate = self.config.speed.accumulate
         parts = f" in {accumulate} parts" if accumulate > 1 else ""

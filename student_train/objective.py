@@ -21,6 +21,7 @@ from student_train.step_counts import StepCounts, counts_of_step
 from student_train.teachers import Lesson
 
 Losses = dict[str, Tensor]
+LessonLosses = tuple[Lesson, Losses]
 
 
 def losses_of(
@@ -30,7 +31,28 @@ def losses_of(
     options: DistillationOptions,
     counts: Sequence[StepCounts] = (),
 ) -> Losses:
-    """The weighted losses, whose sum is minimised. A loss of weight 0 is neither computed nor listed.
+    """The weighted losses, whose sum is minimised: `separate_losses` added up."""
+    return add_up(*separate_losses(student, targets, lessons, options, counts))
+
+
+def add_up(own: Losses, taught: Sequence[LessonLosses]) -> Losses:
+    """By name, over all teachers."""
+    losses: Losses = {}
+    for _, of_lesson in taught:
+        for name, loss in of_lesson.items():
+            losses[name] = losses[name] + loss if name in losses else loss
+    return losses | own
+
+
+def separate_losses(
+    student: StudentOutput,
+    targets: list[Targets],
+    lessons: Sequence[Lesson],
+    options: DistillationOptions,
+    counts: Sequence[StepCounts] = (),
+) -> tuple[Losses, list[LessonLosses]]:
+    """The weighted losses, those from ground truth and those of each lesson. One of weight 0 is neither computed nor
+    listed.
 
     lessons: what the teachers say of the batch, one for each of the student's pupils; none trains plainly, or with what
     a live teacher says. counts: of the step that this batch is a part of, for each of the store's teachers, by which
@@ -50,15 +72,14 @@ def losses_of(
     cost = detection_cost(output.logits, output.boxes_cxcywh, truth)
     matching = hungarian_start(cost, column_mask=truth.valid.unsqueeze(1))
 
-    losses: Losses = {}
+    taught: list[LessonLosses] = []
     for lesson, pupil in zip(lessons, student.pupils, strict=bool(lessons)):
-        for name, loss in _distillation_losses(student, pupil, truth, lesson, counts[lesson.teacher], options).items():
-            loss = lesson.weight * loss
-            losses[name] = losses[name] + loss if name in losses else loss
-    losses |= _named("detection", set_loss(output.logits, output.boxes_cxcywh, truth, matching.result(), box_count))
+        of_lesson = _distillation_losses(student, pupil, truth, lesson, counts[lesson.teacher], options)
+        taught.append((lesson, {name: lesson.weight * loss for name, loss in of_lesson.items()}))
+    losses = _named("detection", set_loss(output.logits, output.boxes_cxcywh, truth, matching.result(), box_count))
     if output.proposals is not None:
         losses |= _named("proposals", proposal_losses(*output.proposals, output.token_mask, truth, box_count))
-    return losses
+    return losses, taught
 
 
 def _distillation_losses(

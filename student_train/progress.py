@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,19 +49,30 @@ class Progress:
     _since: Totals = field(default_factory=Totals)
 
     def line(
-        self, step: int, total_steps: int, trained_on: TrainingStep, step_s: float, loss: float, lr: float
+        self,
+        step: int,
+        total_steps: int,
+        trained_on: TrainingStep,
+        step_s: float,
+        loss: float,
+        lr: float,
+        scales: Mapping[str, float] | None = None,
     ) -> str | None:
-        """What the log says after this step, in means over the steps since it last did; None for most steps."""
+        """What the log says after this step, in means over the steps since it last did; None for most steps.
+
+        scales: of balanced losses, as of now.
+        """
         self._since.add(trained_on, step_s, loss)
         if not self.every or step % self.every:
             return None
         since, self._since = self._since, Totals()
         steps = since.steps
+        balanced = ", ".join(f"{name} {scale:.3g}" for name, scale in scales.items()) if scales else ""
         return (
             f"step {step}/{total_steps}  loss {since.loss / steps:.3f}  lr {lr:.2e}  {since.whole_s / steps:.3f} s/step"
             f"  waiting for images {since.waiting_for_images_s / steps:.3f} s,"
             f" for the cache {since.waiting_for_cache_s / steps:.3f} s"
-            f"  {self.world_size * since.samples_per_s:.1f} samples/s"
+            f"  {self.world_size * since.samples_per_s:.1f} samples/s" + (f"  scales {balanced}" if balanced else "")
         )
 
 
@@ -72,14 +84,19 @@ def step_record(
     gradient_norm: float,
     step_s: float,
     learning_rate: float,
+    scales: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """What metrics.jsonl says of one step, losses weighted, samples of this process."""
+    """What metrics.jsonl says of one step, losses weighted, samples of this process.
+
+    scales: that balanced losses were multiplied by besides, which the losses on record are not.
+    """
     whole_s = step_s + trained_on.waiting_for_images_s + trained_on.waiting_for_cache_s
     return {
         "step": step,
         "epoch": epoch,
         "loss": sum(losses.values()),
         "losses": losses,
+        **({} if scales is None else {"scales": scales}),
         "gradient_norm": gradient_norm,
         "lr": learning_rate,
         "step_s": round(step_s, 4),

@@ -15,11 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 from common.detr.detector import DeformableDetr
 from common.errors import UserError
 from common.runtime import Ranks, mean_over_ranks
+from student_train.balance import Balance
 from student_train.config import OptimisationOptions
 from student_train.ema import MovingAverage
 from student_train.feed import TrainingStep
 from student_train.model import StudentInTraining
-from student_train.objective import losses_of
+from student_train.objective import add_up, separate_losses
 from student_train.progress import Totals
 from student_train.step_counts import StepCounts, own_counts
 
@@ -34,6 +35,7 @@ class Diverged(UserError):
 @dataclass
 class Training:
     """The state of a run between two steps. model: the student, wrapped where several processes train it.
+    balance: the scales of the distillation losses, None where they are not balanced.
 
     epoch and step_in_epoch are the next step's, step counts those done, evaluated_step is when the student was last
     evaluated.
@@ -44,6 +46,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: MovingAverage | None = None
+    balance: Balance | None = None
     epoch: int = 0
     step_in_epoch: int = 0
     step: int = 0
@@ -55,6 +58,11 @@ class Training:
     def detector(self) -> DeformableDetr:
         """The student that is evaluated and saved: the moving average where there is one."""
         return self.student.detector if self.average is None else self.average.student
+
+    @property
+    def scales(self) -> dict[str, float] | None:
+        """Of balanced losses, as of now."""
+        return None if self.balance is None else self.balance.scales
 
     @property
     def parameters(self) -> int:
@@ -81,22 +89,30 @@ def agree(training: Training, step: TrainingStep, stop: bool) -> tuple[list[Step
 def train_step(
     training: Training, step: TrainingStep, counts: Sequence[StepCounts], *, clip: float, amp: str = "off"
 ) -> tuple[dict[str, float], float]:
-    """One step; returns this rank's weighted losses by name and the norm of the gradient before clipping.
+    """One step; returns this rank's weighted losses by name and the norm of the gradient before clipping. Balanced
+    losses are listed without their scales.
 
     The gradients of the micro-batches add up to the gradient of the step as one batch, batch norm's statistics aside
     (which are frozen wherever the backbone was pretrained). Raises Diverged, with the weights as they were, where a
     loss or the gradient is not finite.
     """
-    device, scaler = training.device, training.scaler
+    device, scaler, balance = training.device, training.scaler, training.balance
+    measuring = balance is not None and balance.is_due(training.step)
     training.optimizer.zero_grad()
     sums: dict[str, Tensor] = {}
+    squares: list[Tensor] = []
     for index, part in enumerate(step.parts):
         part = part.to(device)
         with _gradients_shared(training.model, last=index == len(step.parts) - 1):
             with autocast(device, amp):
                 output = training.model(part.batch.images, part.batch.padding_mask, part.taught)
-            losses = losses_of(output, part.batch.targets, part.lessons, training.student.options, counts)
-            scaler.scale(torch.stack(list(losses.values())).sum()).backward()  # type: ignore[no-untyped-call]
+            own, taught = separate_losses(output, part.batch.targets, part.lessons, training.student.options, counts)
+            losses = minimised = add_up(own, taught)
+            if balance is not None:
+                if measuring:
+                    squares.append(balance.measure(own, taught, output.output.neck, scaler.scale))
+                minimised = add_up(own, balance.scaled(taught))
+            scaler.scale(torch.stack(list(minimised.values())).sum()).backward()  # type: ignore[no-untyped-call]
         sums = {name: sums[name] + loss.detach() if sums else loss.detach() for name, loss in losses.items()}
     scaler.unscale_(training.optimizer)
     norm = nn.utils.clip_grad_norm_(training.model.parameters(), clip or math.inf)
@@ -107,6 +123,8 @@ def train_step(
     check_finite(named if scaling else named | {"gradient": gradient_norm}, training.step, step)
     scaler.step(training.optimizer)
     scaler.update()
+    if balance is not None and measuring:  # for the steps to come: all of this one's parts went before
+        balance.update(mean_over_ranks(torch.stack(squares).sum(dim=0)))
     if training.average is not None:
         training.average.update(training.student.detector, training.step + 1)
     return named, gradient_norm

@@ -115,7 +115,7 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Tags and values of one line: AP and recall in percent, losses, times in seconds, each group under a name."""
+    """Tags and values of one line: AP, recall in percent, losses, scales, times in seconds, each group under a name."""
     if "evaluation" in line:
         numbers = {name: value for name, value in line["evaluation"].items() if name != "class_ap"}
         yield from ((f"evaluation/{name}", 100 * value) for name, value in numbers.items() if value >= 0)
@@ -123,6 +123,7 @@ def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         return
     yield "loss", line["loss"]
     yield from ((f"loss/{name}", value) for name, value in line["losses"].items())
+    yield from ((f"scale/{name}", value) for name, value in line.get("scales", {}).items())
     for name, value in line.items():
         if name.endswith("_s") and name != "samples_per_s":
             yield f"time/{name}", value
