@@ -78,6 +78,7 @@ ARMS = (
     Arm("logits + features", losses(L, F, 0)),
     Arm("features + assignment", losses(0, F, A)),
     Arm("logits + assignment", losses(L, 0, A)),
+    Arm("all, --balance", DistillationOptions(balance=True)),
 )
 CACHES = (
     Arm("all, compact store", losses(L, F, A), "compact"),
