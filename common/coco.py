@@ -12,7 +12,6 @@ pycocotools (`common.evaluate`).
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -24,10 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.json_stream import Objects, UnexpectedKind, read_lists
 from common.records import ImageEntry
 
-Objects = list[dict[str, Any]]  # the json's images, annotations or categories
 Integers = npt.NDArray[np.int64]
+Columns = tuple[npt.NDArray[Any], ...]
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,12 @@ def load_annotations(data: Path, split: str) -> Annotations:
                 "exist: name the data set with --data and the split with --split (`make demo` needs no data)"
             )
     try:
-        content, sha256 = _read_json(annotation_file)
-        image_ids, file_names, sizes = _read_images(_section(content, "images"))
-        category_ids, class_names = _read_categories(_section(content, "categories"))
-        rows, labels, boxes_xyxy_px = _read_boxes(_section(content, "annotations"), image_ids, sizes, category_ids)
+        found, sha256 = _read_json(annotation_file)
+        image_ids, file_names, sizes = _checked_images(*found.pop("images"))
+        category_ids, class_names = _checked_categories(*found.pop("categories"))
+        rows, labels, boxes_xyxy_px = _checked_boxes(
+            *found.pop("annotations"), image_ids=image_ids, sizes=sizes, category_ids=category_ids
+        )
     except UserError as error:
         raise UserError(f"{annotation_file}: {error}") from None
 
@@ -127,16 +129,45 @@ def output_columns(category_ids: Sequence[int], outputs: int) -> tuple[int, ...]
     )
 
 
-def _read_json(annotation_file: Path) -> tuple[Any, str]:
-    """The parsed file without its segmentations, and its sha256."""
-    data = annotation_file.read_bytes()
-    sha256 = hashlib.sha256(data).hexdigest()
-    try:
-        text = data.decode()
-        del data  # half a gigabyte in COCO's case, as is the text
-        return json.loads(text, object_hook=without_segmentation), sha256
-    except ValueError as error:  # broken json, or bytes that are no text
-        raise UserError(f"expected json, found: {error}; is the file complete?") from None
+def _read_json(annotation_file: Path) -> tuple[dict[str, Columns], str]:
+    """What is needed of the file's images, categories and annotations, as columns, and its sha256.
+
+    The file is read in pieces, and of its polygons, nine tenths of COCO's json, nothing stays.
+    """
+    columns_of = {"images": _image_columns, "categories": _category_columns, "annotations": _box_columns}
+    blocks: dict[str, list[Columns]] = {name: [] for name in columns_of}
+    digest = hashlib.sha256()
+    with annotation_file.open("rb", buffering=0) as file:
+
+        def read(size: int) -> bytes:
+            data = file.read(size)
+            digest.update(data)
+            return data
+
+        try:
+            for name, objects in read_lists(read, columns_of, unread="segmentation"):
+                blocks[name].append(columns_of[name](objects))
+        except UnexpectedKind as error:
+            raise _not_instances(str(error) or "images") from None
+        except ValueError as error:  # broken json, or bytes that are no text
+            raise UserError(f"expected json, found: {error}; is the file complete?") from None
+    for name in ("images", "categories", "annotations"):
+        if not blocks[name]:
+            raise _not_instances(name)
+        if not len(blocks[name][0][0]) and name != "annotations":
+            raise UserError(f"expected {name}, found an empty list")
+    return {name: _joined(found) for name, found in blocks.items()}, digest.hexdigest()
+
+
+def _joined(blocks: list[Columns]) -> Columns:
+    """Each column of all blocks in one array. The blocks are let go of on the way: there is memory for them once."""
+    columns = [list(parts) for parts in zip(*blocks, strict=True)]
+    blocks.clear()
+    return tuple(np.concatenate(columns.pop(0)) for _ in range(len(columns)))
+
+
+def _not_instances(name: str) -> UserError:
+    return UserError(f"expected a list of objects named '{name}': is it an 'instances' file?")
 
 
 def without_segmentation(node: dict[str, Any]) -> dict[str, Any]:
@@ -144,15 +175,6 @@ def without_segmentation(node: dict[str, Any]) -> dict[str, Any]:
     # Polygons are nine tenths of COCO's json and never pile up in memory.
     node.pop("segmentation", None)
     return node
-
-
-def _section(content: Any, key: str) -> Objects:
-    section = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(section, list) or not all(isinstance(item, dict) for item in section):
-        raise UserError(f"expected a list of objects named '{key}': is it an 'instances' file?")
-    if not section and key != "annotations":
-        raise UserError(f"expected {key}, found an empty list")
-    return section
 
 
 def _column(items: Objects, key: str) -> list[Any]:
@@ -171,51 +193,77 @@ def _integers(items: Objects, key: str) -> Integers:
     return np.array(values, dtype=np.int64)
 
 
-def _check_unique(values: Sequence[object], what: str) -> None:
-    repeated = [value for value, count in Counter(values).items() if count > 1]
-    if repeated:
-        raise UserError(f"expected every {what} once, found {len(repeated)} repeated, the first is {repeated[0]}")
-
-
-def _read_images(images: Objects) -> tuple[Integers, list[str], Integers]:
-    """Image ids (N,) ascending, file names, and sizes (N, 2) as width, height."""
-    ids = _integers(images, "id")
+def _image_columns(images: Objects) -> Columns:
+    """Ids (N,), file names (N,), and sizes (N, 2) as width, height."""
     sizes = np.stack((_integers(images, "width"), _integers(images, "height")), axis=1)
-    file_names = [str(name) for name in _column(images, "file_name")]
-    _check_unique(ids.tolist(), "image id")
-    _check_unique(file_names, "file name")
-    for file_name, size in zip(file_names, sizes.tolist(), strict=True):
-        if min(size) <= 0:
-            raise UserError(f"expected a width and height above 0, found {size[0]} x {size[1]} for {file_name}")
-    order = np.argsort(ids)
-    return ids[order], [file_names[i] for i in order.tolist()], sizes[order]
+    return _integers(images, "id"), np.array([str(name) for name in _column(images, "file_name")], dtype=object), sizes
 
 
-def _read_categories(categories: Objects) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    ids = _integers(categories, "id").tolist()
-    _check_unique(ids, "category id")
-    if min(ids) < 0:
-        raise UserError(f"expected category ids of 0 and above, found {min(ids)}")
-    names = dict(zip(ids, (str(category.get("name", category["id"])) for category in categories), strict=True))
-    return tuple(sorted(ids)), tuple(names[i] for i in sorted(ids))
+def _category_columns(categories: Objects) -> Columns:
+    """Ids (N,) and names (N,)."""
+    ids = _integers(categories, "id")
+    return ids, np.array([str(category.get("name", category["id"])) for category in categories], dtype=object)
 
 
-def _read_boxes(
-    annotations: Objects, image_ids: Integers, sizes: Integers, category_ids: tuple[int, ...]
-) -> tuple[Integers, Integers, npt.NDArray[np.float32]]:
-    """Of each box that is kept: its image's row (N,) ascending, class index (N,) and clipped corners (N, 4)."""
-    rows = _positions(_integers(annotations, "image_id"), image_ids, "image")
-    labels = _positions(_integers(annotations, "category_id"), np.array(category_ids), "category")
+def _box_columns(annotations: Objects) -> Columns:
+    """Image ids (N,), category ids (N,), boxes (N, 4) that are not clipped, and whether crowd (N,)."""
     try:
         boxes_xywh_px = np.array(_column(annotations, "bbox"), dtype=np.float64).reshape(len(annotations), 4)
     except (ValueError, TypeError):
         raise UserError("expected four numbers as every 'bbox'") from None
     if not np.isfinite(boxes_xywh_px).all():
         raise UserError("expected four finite numbers as every 'bbox', found an infinite one or NaN")
-
-    corners = np.concatenate((boxes_xywh_px[:, :2], boxes_xywh_px[:, :2] + boxes_xywh_px[:, 2:]), axis=1)
-    boxes_xyxy_px = np.clip(corners, 0, np.tile(sizes[rows], 2)).astype(np.float32)
     crowd = np.array([annotation.get("iscrowd", 0) for annotation in annotations], dtype=bool)
+    corners = np.concatenate((boxes_xywh_px[:, :2], boxes_xywh_px[:, :2] + boxes_xywh_px[:, 2:]), axis=1)
+    # Rounded before they are clipped, which gives the same: an image's sides are exact in float32.
+    boxes_xyxy_px = corners.astype(np.float32)
+    return _integers(annotations, "image_id"), _integers(annotations, "category_id"), boxes_xyxy_px, crowd
+
+
+def _check_unique(values: Sequence[object], what: str) -> None:
+    repeated = [value for value, count in Counter(values).items() if count > 1]
+    if repeated:
+        raise UserError(f"expected every {what} once, found {len(repeated)} repeated, the first is {repeated[0]}")
+
+
+def _checked_images(ids: Integers, names: npt.NDArray[Any], sizes: Integers) -> tuple[Integers, list[str], Integers]:
+    """Image ids (N,) ascending, file names, and sizes (N, 2) as width, height."""
+    _check_unique(ids.tolist(), "image id")
+    _check_unique(names.tolist(), "file name")
+    for row in np.flatnonzero(sizes.min(axis=1) <= 0).tolist():
+        width, height = sizes[row].tolist()
+        raise UserError(f"expected a width and height above 0, found {width} x {height} for {names[row]}")
+    order = np.argsort(ids)
+    return ids[order], names[order].tolist(), sizes[order]
+
+
+def _checked_categories(ids: Integers, names: npt.NDArray[Any]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    _check_unique(ids.tolist(), "category id")
+    if ids.min() < 0:
+        raise UserError(f"expected category ids of 0 and above, found {ids.min()}")
+    order = np.argsort(ids)
+    return tuple(ids[order].tolist()), tuple(names[order].tolist())
+
+
+def _checked_boxes(
+    in_images: Integers,
+    of_categories: Integers,
+    boxes_xyxy_px: npt.NDArray[np.float32],
+    crowd: npt.NDArray[np.bool_],
+    *,
+    image_ids: Integers,
+    sizes: Integers,
+    category_ids: tuple[int, ...],
+) -> tuple[Integers, Integers, npt.NDArray[np.float32]]:
+    """Of each box that is kept: its image's row (N,) ascending, class index (N,) and clipped corners (N, 4).
+
+    boxes_xyxy_px is overwritten.
+    """
+    rows = _positions(in_images, image_ids, "image")
+    labels = _positions(of_categories, np.array(category_ids), "category")
+    limits = sizes[rows].astype(np.float32)
+    for corners in (boxes_xyxy_px[:, :2], boxes_xyxy_px[:, 2:]):
+        np.clip(corners, 0, limits, out=corners)
     kept = np.flatnonzero(~crowd & (boxes_xyxy_px[:, 2:] > boxes_xyxy_px[:, :2]).all(axis=1))
     kept = kept[np.argsort(rows[kept], kind="stable")]
     return rows[kept], labels[kept], boxes_xyxy_px[kept]
