@@ -31,8 +31,7 @@ class DataOptions:
     """Store written by teacher_dump, a folder or a bucket's URL. Without one the student is trained plainly, on views
     drawn afresh each epoch."""
     teachers: OptionalName = None
-    """Of a store of several teachers: average (of their losses), random (one for each sample and epoch), best (the one
-    that fits the sample's ground truth best), or the name of one. (default: average)"""
+    """Of a store of several (docs/teachers.md): average, random, best, or one by its name. (default: average)"""
     local_cache: OptionalPath = None
     """Folder for copies of a bucket's store, which then is fetched once."""
     on_corrupt: Literal["raise", "skip"] = "raise"
