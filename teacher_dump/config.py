@@ -18,6 +18,7 @@ OptionalSize = Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="HEIGHT W
 OptionalInts = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...", help_behavior_hint="")]
 StorePath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
 NewStorePath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+ROUNDINGS = "{nearest,stochastic,carried}"
 PresetName = Literal["standard", "compact", "full"]
 Config = TypeVar("Config")
 
@@ -88,8 +89,9 @@ class StoreOptions:
     )
     """How token features are stored: fp32 is lossless, int8 takes half of fp16's bytes, int4 little over a quarter,
     int2 little over an eighth."""
-    rounding: Rounding = "nearest"
-    """Of int8 and int4: nearest has the smaller error, stochastic none on average."""
+    rounding: Annotated[Rounding | None, tyro.conf.arg(metavar=ROUNDINGS, help_behavior_hint="")] = None
+    """Of int8 and int4: nearest (the default) has the smaller error, stochastic none on average. Of int2: nearest, or
+    carried (the default), where each token makes up for the error of the one before."""
     keep_tokens: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
     """Fraction of each sample's tokens to keep, drawn by their weight without bias; 1 keeps all."""
     neck: bool = False
@@ -114,14 +116,18 @@ class StoreOptions:
         )
 
 
-def rounding_of(tokens: TokenCodec, wanted: Rounding) -> Rounding:
-    """Floats are rounded to nearest whatever is wanted, so that equal stores have equal manifests.
+def rounding_of(tokens: TokenCodec, wanted: Rounding | None) -> Rounding:
+    """The rounding that is wanted, or the better one of this codec where that is None.
 
-    UserError for int2, which cannot be rounded stochastically: its four values do not reach a token's extremes.
+    Floats are rounded to nearest whatever is wanted, so that equal stores have equal manifests. UserError for one
+    that the codec does not have: the four values of int2 do not reach a token's extremes, as stochastic rounding must.
     """
-    if tokens == "int2" and wanted == "stochastic":
-        raise UserError("expected --rounding nearest with int2, found stochastic; use int4 for that")
-    return wanted if tokens in ("int8", "int4") else "nearest"
+    if tokens in ("fp32", "fp16"):
+        return "nearest"
+    choices: tuple[Rounding, ...] = ("carried", "nearest") if tokens == "int2" else ("nearest", "stochastic")
+    if wanted is not None and wanted not in choices:
+        raise UserError(f"expected --rounding {' or '.join(choices)} with {tokens}, found {wanted}")
+    return wanted or choices[0]
 
 
 @dataclass(frozen=True)
@@ -221,8 +227,8 @@ class TranscodeConfig:
     """How logits are stored. (default: as in the store that is read)"""
     keep_tokens: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
     """Fraction of each sample's tokens to keep. (default: as in the store that is read)"""
-    rounding: Rounding = "nearest"
-    """Of tokens that become int8 or int4: nearest has the smaller error, stochastic none on average."""
+    rounding: Annotated[Rounding | None, tyro.conf.arg(metavar=ROUNDINGS, help_behavior_hint="")] = None
+    """Of tokens that become int8, int4 or int2, as in a dump."""
     neck: bool = True
     """Keep the neck's features if the store has them and all tokens are kept; --no-neck leaves them out."""
     queries: bool = True

@@ -169,6 +169,7 @@ def test_verify_against_teacher(
         ("--tokens", "int8", "--keep-tokens", "0.3"),
         ("--tokens", "int4", "--keep-tokens", "0.5", "--rounding", "stochastic"),
         ("--tokens", "int2", "--keep-tokens", "0.6", "--logits", "uint8"),
+        ("--tokens", "int2", "--rounding", "nearest"),
         ("--tokens", "fp16"),
         ("--keep-tokens", "0.5"),
         ("--views", "1"),
@@ -203,8 +204,16 @@ def test_transcode_of_sampled_and_rounded_stores(
         assert dense.token_scales is not None
         assert kept.token_scales is not None
         assert dense.token_scales[positions].equal(kept.token_scales)
+    eight = tmp_path / "eight.zarr"
+    assert command("transcode", int8, eight, "--logits", "uint8") == 0
     capsys.readouterr()
-    for source, more in ((sampled, ("--keep-tokens", "0.25")), (int8, ("--tokens", "fp16")), (int8, ("--views", "3"))):
+    for source, more in (
+        (sampled, ("--keep-tokens", "0.25")),
+        (int8, ("--tokens", "fp16")),
+        (int8, ("--views", "3")),
+        (eight, ("--logits", "float")),
+        (lossless, ("--rounding", "stochastic", "--tokens", "int2")),
+    ):
         assert command("transcode", source, tmp_path / "no.zarr", *more) == 2
         assert more[0] in capsys.readouterr().err
         assert not (tmp_path / "no.zarr").exists()
