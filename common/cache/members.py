@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from common.cache.schema import ATTRIBUTE
-from common.cache.storage import TEMPORARY, Location, locate
+from common.cache.storage import TEMPORARY, Location, locate, publish_all
 from common.errors import UserError
 
 GROUP = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
@@ -49,8 +49,7 @@ def create_group(store: Location) -> None:
         file = storage.new_file("zarr.json")
         try:
             file.write([np.frombuffer(json.dumps(GROUP, indent=2).encode(), dtype=np.uint8)])
-            file.finish()
-            file.publish()
+            publish_all([file])
         finally:
             file.discard()
     elif is_one_store(storage.read("zarr.json")):

@@ -22,7 +22,7 @@ from zarr.codecs import Crc32cCodec
 from common.cache.plan import Plan, SampleTable
 from common.cache.schema import ATTRIBUTE, MISSING, Field, Layout, Manifest
 from common.cache.storage import TEMPORARY as TEMPORARY
-from common.cache.storage import Location, NewFile, Storage, checked, locate, read_array
+from common.cache.storage import Location, NewFile, Storage, checked, locate, publish_all, read_array
 from common.errors import UserError
 
 TABLE_GROUP, CONSTANTS_GROUP = "samples", "teacher"
@@ -163,10 +163,7 @@ class ShardWriter:
             if self._missing:
                 raise ValueError(f"{self._missing} records of the shard were not added")
             self._note_skipped(skipped)
-            for file in self._files.values():
-                file.finish()
-            for file in self._files.values():
-                file.publish()
+            publish_all([file.finished() for file in self._files.values()])
         except BaseException:
             self.discard()
             raise
@@ -186,8 +183,7 @@ class ShardWriter:
         file = self._storage.new_file(key)
         try:
             file.write([marks, checksum(marks)])
-            file.finish()
-            file.publish()
+            publish_all([file])
         finally:
             file.discard()
 
@@ -199,7 +195,7 @@ class _ShardFile:
         self._file, self._field, self._page_rows = file, field, layout.page_rows(field)
         self._index = np.full((layout.shard_pages(field), 2), MISSING, dtype="<u8")
         self._page_bytes, self._pages = layout.page_bytes(field), 0
-        self.publish, self.discard = file.publish, file.discard
+        self.discard = file.discard
 
     def append(self, rows: npt.NDArray[Any]) -> None:
         """Write the rows of one sample as whole pages, the last one filled up with zeros."""
@@ -219,10 +215,11 @@ class _ShardFile:
         index[:, 0] = np.arange(self._pages, self._pages + pages) * self._page_bytes
         self._pages += pages
 
-    def finish(self) -> None:
+    def finished(self) -> NewFile:
+        """The file, with its index."""
         index = self._index.reshape(-1).view(np.uint8)
         self._file.write([index, checksum(index)])
-        self._file.finish()
+        return self._file
 
 
 def checksum(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
