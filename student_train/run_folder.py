@@ -163,7 +163,7 @@ class RunFolder:
     def _check_same(self, config: TrainConfig) -> dict[str, Any]:
         """The record of the run."""
         record = self._read()
-        before = record["config"]
+        before = _filled(record["config"], as_json(TrainConfig()))  # options that came later had their defaults
         free = FREE_TO_CHANGE + (LENGTH if config.optimisation.schedule == "step" else ())
         changed = [name for name in _differing(before, as_json(config)) if not name.startswith(free)]
         if changed:
@@ -229,6 +229,17 @@ def as_json(config: TrainConfig) -> dict[str, Any]:
 
 def _length(config: TrainConfig) -> dict[str, int | None]:
     return {"epochs": config.optimisation.epochs, "max_steps": config.optimisation.max_steps}
+
+
+def _filled(before: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A record with what it does not have taken from the defaults."""
+    missing = {name: value for name, value in defaults.items() if name not in before}
+    groups = {
+        name: _filled(value, defaults[name])
+        for name, value in before.items()
+        if isinstance(value, dict) and isinstance(defaults.get(name), dict)
+    }
+    return before | missing | groups
 
 
 def _differing(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

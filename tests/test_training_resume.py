@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -192,6 +193,21 @@ def test_resuming_a_finished_run_changes_nothing(folder: Path, tmp_path: Path) -
     assert {p for p, data in files.items() if p.read_bytes() != data} == {tmp_path / "run" / "run.json"}
     changed = replace(config, optimisation=replace(config.optimisation, lr=5e-4))
     with pytest.raises(UserError, match=r"another optimisation\.lr"):
+        loop.train(resumed(changed))
+
+
+def test_a_run_from_before_an_option_existed(folder: Path, tmp_path: Path) -> None:
+    """A record without an option, as an earlier version wrote it, is one with that option's default: it goes on with
+    the default and is refused with another value."""
+    config = ten_steps(folder, tmp_path)
+    config = replace(config, optimisation=replace(config.optimisation, max_steps=2))
+    metrics = loop.train(config)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    del record["config"]["distillation"]["balance"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    assert loop.train(resumed(config)) == metrics
+    changed = replace(config, distillation=replace(config.distillation, balance=True))
+    with pytest.raises(UserError, match=r"another distillation\.balance"):
         loop.train(resumed(changed))
 
 
