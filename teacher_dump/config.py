@@ -16,9 +16,10 @@ OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_h
 OptionalSubset = Annotated[int | float | None, tyro.conf.arg(metavar="N|FRACTION", help_behavior_hint="")]
 OptionalSize = Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="HEIGHT WIDTH", help_behavior_hint="")]
 OptionalInts = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...", help_behavior_hint="")]
-StorePath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
-NewStorePath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-ROUNDINGS = "{nearest,stochastic,carried}"
+# A folder, or a bucket's URL, whose slashes pathlib would fold.
+Place = Annotated[str | Path, tyro.conf.arg(metavar="PATH")]
+StorePlace = Annotated[str | Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
+NewStorePlace = Annotated[str | Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
 PresetName = Literal["standard", "compact", "full"]
 Config = TypeVar("Config")
 
@@ -78,7 +79,7 @@ class TeacherOptions:
 class StoreOptions:
     """What is stored and where."""
 
-    out: Path = Path("store.zarr")
+    out: Place = "store.zarr"
     """The store to write. An unfinished one of the same configuration is completed."""
     preset: PresetName = "standard"
     """What the following are unless they are given. standard: fp16, all tokens. compact: int2, 57% of the tokens, uint8
@@ -89,9 +90,8 @@ class StoreOptions:
     )
     """How token features are stored: fp32 is lossless, int8 takes half of fp16's bytes, int4 little over a quarter,
     int2 little over an eighth."""
-    rounding: Annotated[Rounding | None, tyro.conf.arg(metavar=ROUNDINGS, help_behavior_hint="")] = None
-    """Of int8 and int4: nearest (the default) has the smaller error, stochastic none on average. Of int2: nearest, or
-    carried (the default), where each token makes up for the error of the one before."""
+    rounding: Rounding = "nearest"
+    """Of int8 and int4: nearest has the smaller error, stochastic none on average."""
     keep_tokens: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
     """Fraction of each sample's tokens to keep, drawn by their weight without bias; 1 keeps all."""
     neck: bool = False
@@ -116,18 +116,14 @@ class StoreOptions:
         )
 
 
-def rounding_of(tokens: TokenCodec, wanted: Rounding | None) -> Rounding:
-    """The rounding that is wanted, or the better one of this codec where that is None.
+def rounding_of(tokens: TokenCodec, wanted: Rounding) -> Rounding:
+    """Floats are rounded to nearest whatever is wanted, so that equal stores have equal manifests.
 
-    Floats are rounded to nearest whatever is wanted, so that equal stores have equal manifests. UserError for one
-    that the codec does not have: the four values of int2 do not reach a token's extremes, as stochastic rounding must.
+    UserError for int2, which cannot be rounded stochastically: its four values do not reach a token's extremes.
     """
-    if tokens in ("fp32", "fp16"):
-        return "nearest"
-    choices: tuple[Rounding, ...] = ("carried", "nearest") if tokens == "int2" else ("nearest", "stochastic")
-    if wanted is not None and wanted not in choices:
-        raise UserError(f"expected --rounding {' or '.join(choices)} with {tokens}, found {wanted}")
-    return wanted or choices[0]
+    if tokens == "int2" and wanted == "stochastic":
+        raise UserError("expected --rounding nearest with int2, found stochastic; use int4 for that")
+    return wanted if tokens in ("int8", "int4") else "nearest"
 
 
 @dataclass(frozen=True)
@@ -175,7 +171,7 @@ class SourceOptions:
 class VerifyConfig:
     """Read a whole store and name everything in it that is damaged or missing. Exit status 1 if anything is."""
 
-    store: StorePath
+    store: StorePlace
     """The store to read."""
     against_teacher: int = 0
     """Also run this many samples through the teacher again and compare; needs --teacher and --data."""
@@ -188,7 +184,7 @@ class VerifyConfig:
 class RepairConfig:
     """Verify a store, and write the shards again that are damaged or missing, with the teacher that made the others."""
 
-    store: StorePath
+    store: StorePlace
     """The store to mend."""
     source: SourceOptions = field(default_factory=SourceOptions)
     skip_broken: bool = False
@@ -201,7 +197,7 @@ class RepairConfig:
 class InspectConfig:
     """Print what is in a store; with --image-id, draw what it holds of one image."""
 
-    store: StorePath
+    store: StorePlace
     """The store to describe."""
     image_id: OptionalInt = None
     """Draw this image: ground truth, the teacher's predictions, the weight map and the kept tokens."""
@@ -217,9 +213,9 @@ class InspectConfig:
 class TranscodeConfig:
     """Write a smaller store from a larger one, without the teacher: the same as a dump with these settings."""
 
-    store: StorePath
+    store: StorePlace
     """The complete store to read. With fp32 and all tokens, the result equals a dump's to the bit."""
-    out: NewStorePath
+    out: NewStorePlace
     """The store to write. An unfinished one of the same configuration is completed."""
     tokens: Annotated[TokenCodec | None, tyro.conf.arg(help_behavior_hint="")] = None
     """How token features are stored. (default: as in the store that is read)"""
@@ -227,8 +223,8 @@ class TranscodeConfig:
     """How logits are stored. (default: as in the store that is read)"""
     keep_tokens: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
     """Fraction of each sample's tokens to keep. (default: as in the store that is read)"""
-    rounding: Annotated[Rounding | None, tyro.conf.arg(metavar=ROUNDINGS, help_behavior_hint="")] = None
-    """Of tokens that become int8, int4 or int2, as in a dump."""
+    rounding: Rounding = "nearest"
+    """Of tokens that become int8 or int4: nearest has the smaller error, stochastic none on average."""
     neck: bool = True
     """Keep the neck's features if the store has them and all tokens are kept; --no-neck leaves them out."""
     queries: bool = True
@@ -244,9 +240,9 @@ class PruneConfig:
     Nothing is removed: delete the old store yourself to free what the new one does not share.
     """
 
-    store: StorePath
+    store: StorePlace
     """The store to take from."""
-    out: NewStorePath
+    out: NewStorePlace
     """The store to make."""
     views: OptionalInt = None
     """Keep only this many views, from the first. (default: all)"""

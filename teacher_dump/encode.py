@@ -52,8 +52,7 @@ def encode_records(
         if job.manifest.codec.logits == "uint8":
             answer["logits"] = encode_logits(answer["logits"])
         if "neck" in answer:
-            neck, neck_weights = answer["neck"], answer["neck_weights"]
-            answer |= encode_neck(job.manifest, sample.image_id, sample.view, neck, neck_weights, statistics)
+            answer |= encode_neck(job.manifest, sample.image_id, sample.view, answer["neck"], statistics)
         records.append({**answer, **tokens})
     return records
 
@@ -105,16 +104,14 @@ def token_fields(
     """The token fields of one sample: `kept` of its tokens (T, C), drawn by their weights (T,), and encoded."""
     positions, kept_weights = draw_tokens(weights, kept, (manifest.views.seed, image_id, view))
     codec, key = manifest.codec, (manifest.views.seed, image_id, view, 0)
-    encoded = encode_tokens(memory[positions], codec.tokens, statistics.tokens, codec.rounding, key, kept_weights)
+    encoded = encode_tokens(memory[positions], codec.tokens, statistics.tokens, codec.rounding, key)
     return {**encoded, "token_positions": positions, "token_weights": kept_weights}
 
 
-def encode_neck(
-    manifest: Manifest, image_id: int, view: int, neck: Floats, weights: Floats, statistics: Statistics
-) -> Record:
-    """The stored fields of a sample's neck features (T, C), all of them, whose weights are (T,)."""
+def encode_neck(manifest: Manifest, image_id: int, view: int, neck: Floats, statistics: Statistics) -> Record:
+    """The stored fields of a sample's neck features (T, C), all of them."""
     codec, key = manifest.codec, (manifest.views.seed, image_id, view, 1)
-    encoded = encode_tokens(neck, codec.tokens, statistics.neck, codec.rounding, key, weights)
+    encoded = encode_tokens(neck, codec.tokens, statistics.neck, codec.rounding, key)
     return {NECK_FIELDS[name]: value for name, value in encoded.items()}
 
 

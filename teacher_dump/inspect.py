@@ -93,10 +93,7 @@ def fidelity(manifest: Manifest) -> str:
     floats = [*(["queries"] if codec.queries else []), *(["logits"] if codec.logits == "float" else [])]
     found = []
     if codec.tokens == "int2":
-        step = "1 step (token scale x channel scale)"
-        found.append(
-            f"tokens within {step}{' and 1 of the token before' * (codec.rounding == 'carried')}, cut off at 3"
-        )
+        found.append("tokens within 1 step (token scale x channel scale), cut off at 3")
     elif codec.quantised:
         how = "to nearest" if codec.rounding == "nearest" else "stochastically: right on average"
         found.append(

@@ -200,11 +200,10 @@ def _transcode(
         image_id, view = int(plan.table.image_id[row]), int(plan.table.view[row])
         key = (here.views.seed, image_id, view, 0)
         decoded = decode_tokens(tokens, statistics.tokens)
-        by = kept["token_weights"].astype(np.float32)
-        tokens = encode_tokens(decoded, here.codec.tokens, new_statistics.tokens, here.codec.rounding, key, by)
+        tokens = encode_tokens(decoded, here.codec.tokens, new_statistics.tokens, here.codec.rounding, key)
         if here.codec.neck:
             neck = decode_tokens(stored_neck(record), statistics.neck)
-            tokens |= encode_neck(here, image_id, view, neck, record["neck_weights"], new_statistics)
+            tokens |= encode_neck(here, image_id, view, neck, new_statistics)
     if there.codec.logits != here.codec.logits:
         kept["logits"] = encode_logits(record["logits"].astype(np.float32))
     return {**record, **tokens, **kept}

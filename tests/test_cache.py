@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -337,45 +336,6 @@ def test_int2_error_is_least_and_within_its_bound() -> None:
     assert (error.mean(axis=2) <= 1.01 * np.min(others, axis=0)).mean() > 0.9
     assert (error.mean(axis=2) <= 1.1 * np.min(others, axis=0)).all()
     assert 0.1088 < error.mean() < 0.1188
-
-
-def test_errors_of_int2_are_carried_on() -> None:
-    """Codes against the rule in plain Python floats: equal for all but those on the border between two; every value
-    within its bound. Where no weight is smaller than the one before, what is left over is passed on whole: the weighted
-    errors of tokens near the mean add up, in each channel, to at most the last one's step, and with nearest rounding to
-    many times that."""
-    tokens = tokens_with_outliers(64)
-    statistics = measure_channels(tokens)
-    weights = np.random.default_rng(2).exponential(size=500).astype(np.float32)
-    stored = encode_tokens(tokens, "int2", statistics, "carried", weights=weights)
-    error = decode_tokens(stored, statistics) - tokens
-    assert (np.abs(error) <= largest_errors(tokens, stored, statistics, "carried")).all()
-    codes, scales = unpack_int2(stored["tokens"]), stored["token_scales"].astype(np.float64)
-    values = (tokens - statistics.channel_shift) / statistics.channel_scale
-    different = 0
-    for channel in range(0, 64, 9):
-        left = 0.0
-        for s in range(500):
-            wanted = float(values[s, channel]) + left
-            code = min(max(math.floor(wanted / (2 * scales[s, 0])) + 2, 0), 3)
-            different += code != codes[s, channel]
-            left = wanted - (2 * int(codes[s, channel]) - 3) * scales[s, 0]
-            left = min(max(left, -scales[s, 0]), scales[s, 0]) * min(1.0, weights[s] / weights[min(s + 1, 499)])
-    assert different <= 2
-
-    plain = ChannelStatistics(np.ones(64, np.float32), np.zeros(64, np.float32))
-    alike = np.concatenate([np.linspace(-0.4, 0.4, 48), np.linspace(1.0, 1.1, 16)]) + np.zeros((500, 1))
-    near = (alike + np.random.default_rng(3).normal(0, 0.02, (500, 64))).astype(np.float32)
-    rising = np.sort(weights)
-    sums = {}
-    for rounding in ("carried", "nearest"):
-        stored = encode_tokens(near, "int2", plain, rounding, weights=rising)  # type: ignore[arg-type]
-        steps = token_steps(stored["token_scales"], plain)[:, :48]
-        assert (np.abs(near[:, :48]) < 3 * steps).all()  # so that nothing is cut off
-        error = decode_tokens(stored, plain) - near
-        sums[rounding] = np.abs((error * rising[:, None]).sum(axis=0))[:48]
-    assert (sums["carried"] <= 1.01 * rising[-1] * steps[-1]).all()
-    assert np.median(sums["nearest"]) > 3 * np.median(sums["carried"])
 
 
 def test_int2_is_what_the_loss_kernels_decode() -> None:

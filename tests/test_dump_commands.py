@@ -169,7 +169,6 @@ def test_verify_against_teacher(
         ("--tokens", "int8", "--keep-tokens", "0.3"),
         ("--tokens", "int4", "--keep-tokens", "0.5", "--rounding", "stochastic"),
         ("--tokens", "int2", "--keep-tokens", "0.6", "--logits", "uint8"),
-        ("--tokens", "int2", "--rounding", "nearest"),
         ("--tokens", "fp16"),
         ("--keep-tokens", "0.5"),
         ("--views", "1"),

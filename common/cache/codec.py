@@ -8,8 +8,7 @@ which the loss kernel does on the fly.
 A step is token_scale * channel_scale. The scales of int8 and int4 are rounded up, so that no value is cut off: a
 decoded value is within half a step of the teacher's when rounded to nearest, within one step and right on average when
 rounded stochastically. int2 is -3, -1, 1 or 3 steps, whichever is nearest, with the step that makes the group's squared
-error least: a value is within one step, or cut off if it is beyond four; where errors are carried on (cache/carry.py),
-within that and what the token before it left, at most one of its steps.
+error least: a value is within one step, or cut off if it is beyond four.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from common.cache.carry import carried_codes
 from common.cache.schema import CodecInfo, Rounding, TokenCodec
 
 Floats = npt.NDArray[np.float32]
@@ -60,15 +58,14 @@ def encode_tokens(
     statistics: ChannelStatistics | None,
     rounding: Rounding = "nearest",
     key: tuple[int, int, int, int] = (0, 0, 0, 0),
-    weights: Floats | None = None,
 ) -> Stored:
     """The stored fields of tokens (S, C): `tokens`, and `token_scales` if quantised, which needs the statistics.
 
     int8: tokens (S, C), token_scales (S, 1). int4: tokens (S, C/2) uint8, the even channel in the low nibble and the
     odd one in the high nibble, in two's complement; token_scales (S, G) float16, one for each group of C/G neighbouring
     channels. int2: tokens (S, C/4) uint8, channel 4j + k in bits 2k and 2k + 1 of byte j, as (q + 3) / 2; token_scales
-    as for int4. key: (seed, image id, view, stream), which alone decides the stochastic rounding. weights: (S,), in
-    whose ratio errors are carried on.
+    as for int4; always rounded to nearest. key: (seed, image id, view, stream), which alone decides the stochastic
+    rounding.
     """
     if codec == "fp32":
         return {"tokens": tokens}
@@ -79,14 +76,8 @@ def encode_tokens(
     groups = CodecInfo(codec, 1.0).scales(channels)
     normalised = ((tokens - statistics.channel_shift) / statistics.channel_scale).reshape(samples, groups, -1)
     if codec == "int2":
-        scales = _int2_scales(normalised)
-        exact = scales.astype(np.float32)
-        if rounding == "carried":
-            assert weights is not None, "errors are carried on in the ratio of weights"
-            codes = carried_codes(normalised.reshape(samples, channels), exact, weights)
-        else:
-            codes = _int2_codes(normalised, exact[:, :, None]).astype(np.uint8).reshape(samples, channels)
-        return {"tokens": pack_int2(codes), "token_scales": scales}
+        codes, scales = _int2(normalised)
+        return {"tokens": pack_int2(codes.reshape(samples, channels)), "token_scales": scales}
     scales = _round_up(np.abs(normalised).max(axis=2) / LARGEST[codec])
     steps = (normalised / scales.astype(np.float32)[:, :, None]).reshape(samples, channels)
     steps = np.rint(steps) if rounding == "nearest" else np.floor(steps + _uniform(steps.shape, key))
@@ -113,15 +104,12 @@ def token_steps(token_scales: npt.NDArray[np.float16], statistics: ChannelStatis
 
 
 def largest_errors(tokens: Floats, stored: Stored, statistics: ChannelStatistics, rounding: Rounding) -> Floats:
-    """The most (S, C) by which decoding int8, int4 or int2 may miss the tokens (S, C) of a sample that were encoded."""
+    """The most (S, C) by which decoding int8, int4 or int2 may miss the tokens (S, C) that were encoded."""
     steps = token_steps(stored["token_scales"], statistics)
     if 4 * stored["tokens"].shape[1] > tokens.shape[1]:
         return steps * np.float32(STEP_ERROR[rounding])
-    left = np.zeros_like(steps)
-    if rounding == "carried":
-        left[1:] = steps[:-1]
-    cut_off = np.abs(tokens - statistics.channel_shift) + left - 3 * steps
-    bounds: Floats = np.maximum(steps, cut_off) + left + np.float32(2.0**-10) * (steps + left)
+    cut_off = np.abs(tokens - statistics.channel_shift) - 3 * steps
+    bounds: Floats = np.maximum(steps, cut_off) + np.float32(2.0**-10) * steps
     return bounds
 
 
@@ -174,8 +162,8 @@ def unpack_int4(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.int8]:
     return np.where(nibbles > 7, nibbles - 16, nibbles).astype(np.int8)
 
 
-def _int2_scales(normalised: Floats) -> npt.NDArray[np.float16]:
-    """A scale (S, G) for each group of values (S, G, C/G).
+def _int2(normalised: Floats) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16]]:
+    """Codes (q + 3) / 2 of values (S, G, C/G), and a scale (S, G) for each group.
 
     Lloyd's algorithm for four levels that are evenly spaced: the nearest level of each value, then the scale of least
     squares for these levels, and again.
@@ -185,12 +173,12 @@ def _int2_scales(normalised: Floats) -> npt.NDArray[np.float16]:
         levels = 2 * _int2_codes(normalised, scales) - np.float32(3)
         scales = (normalised * levels).sum(axis=2, keepdims=True) / np.square(levels).sum(axis=2, keepdims=True)
     limits = np.finfo(np.float16)
-    halves: npt.NDArray[np.float16] = np.clip(scales[:, :, 0], limits.tiny, limits.max).astype(np.float16)
-    return halves
+    halves = np.clip(scales, limits.tiny, limits.max).astype(np.float16)
+    return _int2_codes(normalised, halves.astype(np.float32)).astype(np.uint8), halves[:, :, 0]
 
 
 def _int2_codes(normalised: Floats, scales: Floats) -> Floats:
-    """(q + 3) / 2 for the q, of -3, -1, 1 and 3, whose multiple of the scale is nearest."""
+    """Which of -3, -1, 1 and 3 times the scale is nearest, in 0..3."""
     codes: Floats = np.clip(np.floor(normalised / np.maximum(scales, 1e-30) * np.float32(0.5)) + 2, 0, 3)
     return codes
 

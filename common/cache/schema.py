@@ -25,7 +25,7 @@ MISSING = 2**64 - 1  # offset and length of a page that a shard does not hold
 
 TokenCodec = Literal["fp32", "fp16", "int8", "int4", "int2"]
 LogitsCodec = Literal["float", "uint8"]
-Rounding = Literal["nearest", "stochastic", "carried"]
+Rounding = Literal["nearest", "stochastic"]
 GROUP = 64  # channels that share a scale of int4 or int2, at most: groups of 32 take 6% more bytes for 7% less error
 
 
@@ -123,9 +123,8 @@ class CodecInfo:
     """What is kept of the teacher's tokens and how it is stored.
 
     keep_tokens: fraction in (0, 1]; 1 keeps all. neck: the encoder's input is stored too, in the same way, with the
-    released code's weight map over it; it takes all tokens. rounding: nearest; of int8 and int4 also
-    stochastic, of int2 also carried, from token to token. queries: the decoder's output vectors are stored, which only
-    the contrastive loss reads. logits: float (float32 with fp32 tokens, else float16),
+    released code's weight map over it; it takes all tokens. rounding: of int8 and int4. queries: the decoder's output
+    vectors are stored, which only the contrastive loss reads. logits: float (float32 with fp32 tokens, else float16),
     or uint8, scores on 256 levels.
     """
 

@@ -83,9 +83,9 @@ class Stored:
 
     @property
     def name(self) -> str:
-        rounding = "" if self.rounding == "nearest" else f" {self.rounding}"
+        stochastic = " stochastic" if self.rounding == "stochastic" else ""
         logits = ", logits uint8" if self.logits == "uint8" else ""
-        return f"{'1 bit, simulated' if self.one_bit else self.codec}{rounding}{logits}"
+        return f"{'1 bit, simulated' if self.one_bit else self.codec}{stochastic}{logits}"
 
     def bytes(self, teacher: TeacherInfo, classes: int, tokens: int) -> float:
         """A sample's bytes in all fields but the queries, which none of the losses here reads."""
@@ -123,8 +123,7 @@ CHOICES = [
     *(Stored(keep, "int4") for keep in (1.0, 0.5, 0.24)),
     *(Stored(keep, "int4", "stochastic") for keep in (1.0, 0.24)),
     *(Stored(keep, "int4", logits="uint8") for keep in (0.32,)),
-    *(Stored(keep, "int2", logits="uint8") for keep in (1.0, 0.57, 0.35)),
-    *(Stored(keep, "int2", "carried", "uint8") for keep in (1.0, 0.8, 0.57, 0.45, 0.35, 0.2)),
+    *(Stored(keep, "int2", logits="uint8") for keep in (1.0, 0.8, 0.57, 0.45, 0.35, 0.2)),
     *(Stored(keep, "int2", logits="uint8", one_bit=True) for keep in (1.0, 0.7)),
 ]
 
@@ -136,8 +135,7 @@ def encoded(exact: CachedBatch, how: Stored, channels: ChannelStatistics, ids: S
         tokens, weights = exact.tokens[first:last].numpy(), exact.token_weights[first:last].numpy()
         kept = max(1, round(how.keep * len(tokens)))
         positions, kept_weights = draw_tokens(weights, kept, (0, ids[index], draw))
-        key = (0, ids[index], draw, 0)
-        part = dict(encode_tokens(tokens[positions], how.codec, channels, how.rounding, key, kept_weights))
+        part = dict(encode_tokens(tokens[positions], how.codec, channels, how.rounding, (0, ids[index], draw, 0)))
         if how.one_bit:
             part = {"tokens": signs(tokens[positions], channels)}
         parts.append({**part, "positions": positions, "weights": kept_weights})

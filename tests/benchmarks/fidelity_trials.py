@@ -1,7 +1,7 @@
 """Ways to lower the gradient's error at equal bytes that were tried: `python -m tests.benchmarks.fidelity_trials`.
 
 Measured as in `fidelity`, for two of its settings, against what stores do now: along which order and with what chances
-tokens are drawn, and along which a token's rounding error is carried on to the next. Each changes only what is written,
+tokens are drawn, and whether a token's rounding error is carried on to the next one. Each changes only what is written,
 not how it is read. Writes its table into docs/fidelity.md.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.cache.codec import ChannelStatistics, decode_tokens, encode_tokens, measure_channels
+from common.cache.codec import ChannelStatistics, decode_tokens, encode_tokens, measure_channels, token_steps
 from common.cache.sampling import draw_tokens
 from common.records import CachedBatch
 from tests.benchmarks.fidelity import DOCS, Floats, Gradients, Setting, batches, errors, prepare, settings
@@ -35,31 +35,33 @@ Integers = npt.NDArray[np.intp]
 @dataclass(frozen=True)
 class Trial:
     """order: in which the systematic draw walks over the tokens: row by row (as now) or along a Hilbert curve, level by
-    level or through all levels at once; errors are carried on in that order. chances: what the chance to be kept is
+    level or through all levels at once. chances: what the chance to be kept is
     proportional to: W (as now), a power of it, or W times how much the token differs from its four neighbours, or from
-    the channels' means. rounding: to int2; none keeps the tokens exact.
+    the channels' means. int2: none keeps the tokens exact. carry: share of what rounding leaves over of a token that is
+    added to the next one before that is rounded, along a Hilbert curve in each level.
     """
 
     name: str
     keep: float
-    rounding: Literal["none", "nearest", "carried"]
+    int2: bool
     order: Literal["rows", "curve", "levels"] = "rows"
     chances: Literal["weight", "power .8", "power .6", "neighbours", "means"] = "weight"
+    carry: float = 0.0
 
 
 TRIALS = [
-    Trial("drawn by W, row by row (as now)", KEEP, "none"),
-    Trial("along a Hilbert curve in each level", KEEP, "none", order="curve"),
-    Trial("along one Hilbert curve through all levels", KEEP, "none", order="levels"),
-    Trial("chance W^.8", KEEP, "none", chances="power .8"),
-    Trial("chance W^.6", KEEP, "none", chances="power .6"),
-    Trial("chance W x difference from its neighbours", KEEP, "none", chances="neighbours"),
-    Trial("chance W x difference from the mean token", KEEP, "none", chances="means"),
-    Trial("all tokens, int2 to nearest", 1.0, "nearest"),
-    Trial("all tokens, int2, errors carried row by row (as now)", 1.0, "carried"),
-    Trial("all tokens, int2, errors carried along a Hilbert curve", 1.0, "carried", order="curve"),
-    Trial("drawn and carried row by row (as now: compact)", KEEP, "carried"),
-    Trial("drawn by W^.8 and carried along a Hilbert curve", KEEP, "carried", order="curve", chances="power .8"),
+    Trial("drawn by W, row by row (as now)", KEEP, int2=False),
+    Trial("along a Hilbert curve in each level", KEEP, int2=False, order="curve"),
+    Trial("along one Hilbert curve through all levels", KEEP, int2=False, order="levels"),
+    Trial("chance W^.8", KEEP, int2=False, chances="power .8"),
+    Trial("chance W^.6", KEEP, int2=False, chances="power .6"),
+    Trial("chance W x difference from its neighbours", KEEP, int2=False, chances="neighbours"),
+    Trial("chance W x difference from the mean token", KEEP, int2=False, chances="means"),
+    Trial("all tokens, int2 (as now)", 1.0, int2=True),
+    Trial("all tokens, int2, half of each error carried on", 1.0, int2=True, carry=0.5),
+    Trial("all tokens, int2, each error carried on", 1.0, int2=True, carry=1.0),
+    Trial("drawn, int2 (as now: compact)", KEEP, int2=True),
+    Trial("drawn, int2, half of each error carried on", KEEP, int2=True, carry=0.5),
 ]
 
 
@@ -113,6 +115,24 @@ def chance(weights: Floats, normalised: Floats, shapes: Sequence[tuple[int, int]
     return weights
 
 
+def carried(tokens: Floats, weights: Floats, order: Integers, share: float, channels: ChannelStatistics) -> Floats:
+    """int2 tokens (S, C), decoded, where each token takes on what rounding left over of the one before it in `order`.
+
+    The feature loss adds up weight x error over tokens, so this is done in the ratio of the weights, but never enlarged
+    (error diffusion: Floyd and Steinberg, 1976).
+    """
+    steps = token_steps(encode_tokens(tokens, "int2", channels)["token_scales"], channels)
+    decoded, left = np.empty_like(tokens), np.zeros(tokens.shape[1], np.float32)
+    for token, following in itertools.pairwise([*order.tolist(), int(order[-1])]):
+        wanted = tokens[token] - channels.channel_shift + left
+        step = steps[token]
+        level = np.clip(2 * np.floor(wanted / (2 * step)) + 1, -3, 3) * step
+        decoded[token] = level + channels.channel_shift
+        ratio = min(1.0, float(weights[token]) / max(float(weights[following]), 1e-9))
+        left = (share * ratio * np.clip(wanted - level, -step, step)).astype(np.float32)
+    return decoded
+
+
 def stored(exact: CachedBatch, trial: Trial, channels: ChannelStatistics, ids: Sequence[int], draw: int) -> CachedBatch:
     """The batch as a store written in that way would give it, decoded."""
     parts: list[tuple[Floats, npt.NDArray[np.int32], Floats]] = []
@@ -125,9 +145,11 @@ def stored(exact: CachedBatch, trial: Trial, channels: ChannelStatistics, ids: S
         kept = order[places]
         kept_weights = weights[kept] * (base_weights / np.maximum(base[kept], 1e-30))  # W / pi
         found = tokens[kept]
-        if trial.rounding != "none":
-            encoded = encode_tokens(found, "int2", channels, trial.rounding, weights=kept_weights.astype(np.float32))
-            found = decode_tokens(dict(encoded), channels)
+        if trial.carry:
+            along = np.argsort(np.argsort(walk(shapes, "curve"))[kept])
+            found = carried(found, kept_weights, along, trial.carry, channels)
+        elif trial.int2:
+            found = decode_tokens(dict(encode_tokens(found, "int2", channels)), channels)
         parts.append((found, kept.astype(np.int32), kept_weights.astype(np.float32)))
     tokens_of, positions, weights_of = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
     offsets = torch.tensor([0, *np.cumsum([len(part[1]) for part in parts])])
