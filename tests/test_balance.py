@@ -111,7 +111,7 @@ def test_the_step_goes_down_the_scaled_losses(folder: Path, tmp_path: Path) -> N
         if gradient is not None:
             assert parameter.grad is not None
             assert float((parameter.grad - gradient).norm()) < 1e-5 * largest, name
-    assert found == pytest.approx({name: float(loss) for name, loss in losses.items()}, rel=1e-5)
+    assert found == pytest.approx({name: float(loss.detach()) for name, loss in losses.items()}, rel=1e-5)
 
 
 def measure(config: TrainConfig, out: Path) -> None:
