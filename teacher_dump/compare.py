@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from common.cache.codec import SCORE_ERROR, ChannelStatistics, Stored, decode_logits, decode_tokens, largest_errors
 from common.cache.reader import CacheReader
 from common.cache.schema import Rounding
+from common.cache.storage import Location
 from common.cache.writer import Record
 from common.runtime import log
 from teacher_dump.config import SourceOptions
@@ -56,7 +56,7 @@ class Comparison:
         self.within &= self.largest <= OTHER_CHOICES
 
 
-def compare_with_teacher(store: Path, source: SourceOptions, samples: int) -> bool:
+def compare_with_teacher(store: Location, source: SourceOptions, samples: int) -> bool:
     """Run whole batches of the dump, `samples` samples or a few more, again; print a table; whether all fields agree.
 
     UserError where teacher or data are not the ones of the store.

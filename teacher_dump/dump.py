@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from common.ahead import map_ahead
 from common.cache.members import create_group
 from common.cache.plan import store_bytes
+from common.cache.storage import Location
 from common.cache.writer import Record
 from common.coco import Annotations, check_images, load_annotations
 from common.runtime import BAR_INTERVAL_S, Ranks, choose_device, log, read_ranks
@@ -79,7 +79,7 @@ def _dump_teacher(config: DumpConfig, annotations: Annotations, device: torch.de
     return summary
 
 
-def write_missing(job: Job, out: Path, workers: int, skip_broken: bool, ranks: Ranks) -> Summary:
+def write_missing(job: Job, out: Location, workers: int, skip_broken: bool, ranks: Ranks) -> Summary:
     """This rank's share of the shards that are not there yet: load, run the teacher, write behind it."""
     manifest = job.manifest
     with writable_store(out, manifest, job.plan, lambda: _constants(job), ranks):

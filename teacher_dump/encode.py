@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +13,7 @@ from common.cache.codec import ChannelStatistics, Stored, encode_logits, encode_
 from common.cache.reader import read_constants
 from common.cache.sampling import draw_tokens
 from common.cache.schema import Manifest
+from common.cache.storage import Location
 from common.cache.writer import Record, blank_record
 from common.errors import UserError
 from common.images import PADDING_MULTIPLE
@@ -143,6 +143,6 @@ def statistics_of(constants: dict[str, Floats]) -> Statistics:
     return Statistics(measured(""), measured("neck_"))
 
 
-def read_statistics(store: Path) -> Statistics:
+def read_statistics(store: Location) -> Statistics:
     """The channel statistics that the features of a store are encoded with, if they are."""
     return statistics_of({name: value.numpy() for name, value in read_constants(store).items()})

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -16,6 +15,7 @@ from common.augment import AugmentPolicy, apply_boxes, apply_image, evaluation_p
 from common.cache.plan import Plan, make_plan
 from common.cache.reader import read_manifest
 from common.cache.schema import DataInfo, Layout, Manifest, ViewInfo, differences
+from common.cache.storage import Location
 from common.cache.writer import read_table
 from common.coco import Annotations, check_images, load_annotations
 from common.errors import UserError
@@ -93,7 +93,7 @@ def prepare(config: DumpConfig, annotations: Annotations, teacher: Teacher) -> J
     return Job(annotations, _by_id(annotations), teacher, replace(draft, layout=plan.layout), plan)
 
 
-def job_of_store(store: Path, source: SourceOptions, *, same_software: bool) -> Job:
+def job_of_store(store: Location, source: SourceOptions, *, same_software: bool) -> Job:
     """The job that wrote `store`, for doing parts of it again.
 
     UserError where the teacher or the annotations are not the ones that it was written with, or, with

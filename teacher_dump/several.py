@@ -41,7 +41,7 @@ def one_by_one(config: DumpConfig) -> list[DumpConfig]:
         replace(
             config,
             teacher=replace(config.teacher, teacher=teacher),
-            store=replace(config.store, out=Path(member_path(out, name))),
+            store=replace(config.store, out=member_path(out, name)),
         )
         for name, (_, teacher) in zip(names, named, strict=True)
     ]

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import google_crc32c
 import numpy as np
@@ -83,7 +82,7 @@ def run_verify(config: VerifyConfig) -> bool:
             f"expected a store of one teacher with --against-teacher, found {config.store}, which has several: name one"
             f" of them, such as {member_path(config.store, names[0])}"
         )
-    paths = [Path(member_path(config.store, name)) for name in names] or [config.store]
+    paths = [member_path(config.store, name) for name in names] or [str(config.store)]
     sound = [_verify_teacher(replace(config, store=path)) for path in paths]  # all of them, whatever the first says
     return all(sound)
 

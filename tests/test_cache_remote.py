@@ -8,7 +8,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -22,11 +25,21 @@ from common.cache.reader import CacheReader, CorruptRecord, read_manifest
 from common.cache.schema import CodecInfo, Manifest
 from common.cache.storage import Bucket, Folder, locate
 from common.cache.writer import ShardWriter, create_store, finished_shards, shard_key
+from common.detr.detector import DeformableDetr
+from common.detr.presets import PRESETS
+from common.detr.weights import save_detector
 from common.errors import UserError
+from student_train import loop
+from student_train.feed import Feed, TrainingStep
 from student_train.teachers import open_teachers
-from tests.dump_cases import command, contents, draw_scenes, dump
+from teacher_dump import dump as dump_module
+from teacher_dump import store as store_module
+from teacher_dump.config import DataOptions, DumpConfig, StoreOptions, TeacherOptions
+from teacher_dump.dump import run_dump
+from tests.dump_cases import SIDE, TEACHER, command, contents, draw_scenes, dump
 from tests.s3_server import CannotStart, Server, Wire, environment, running_server
 from tests.test_cache import make_record, make_store_inputs, write_all
+from tests.training_cases import configuration, steps_of
 
 pytest.importorskip("obstore", reason="obstore is not installed: pip install detrcache[s3]")
 
@@ -128,6 +141,69 @@ def test_a_missing_store_and_a_second_creator(url: str, inputs: tuple[Manifest, 
     with pytest.raises(FileExistsError):
         create_store(url, *make_store_inputs(CodecInfo("fp16", 1.0)), {})
     assert read_manifest(url) == inputs[0]
+
+
+def test_creating_replaces_nothing(url: str, inputs: tuple[Manifest, Plan]) -> None:
+    """What is there of a store stays, to the byte, when another one is created over it: refused, whether the first is
+    whole or was stopped in the middle. The same store is completed."""
+    create_store(url, *inputs, {})
+    before = bucket_contents(url)
+    other = make_store_inputs(CodecInfo("fp16", 1.0))
+    with pytest.raises(FileExistsError):
+        create_store(url, *other, {})
+    assert bucket_contents(url) == before
+    create_store(url, *inputs, {})
+    locate(url).remove("zarr.json")
+    locate(url).remove("samples/view/c/0")
+    with pytest.raises(UserError, match="another process is creating a store of another configuration"):
+        create_store(url, *other, {})
+    create_store(url, *inputs, {})
+    assert bucket_contents(url) == before
+
+
+def test_two_dumps_at_once(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two dumps into one bucket, made to create the store at the same time and both to write all of its shards, one
+    behind the other: both end well, and every object is that of a single dump into a folder."""
+    data, folder = draw_scenes(tmp_path / "scenes", 8), tmp_path / "store.zarr"
+    torch.manual_seed(0)
+    save_detector(tmp_path / "teacher.safetensors", DeformableDetr(PRESETS["tiny"](7)))
+    options = DumpConfig(
+        DataOptions(data, sizes=(SIDE,), workers=1),
+        TeacherOptions(str(tmp_path / "teacher.safetensors"), device="cpu"),
+        StoreOptions(url, tokens="int8", keep_tokens=0.5),
+    )
+    run_dump(replace(options, store=replace(options.store, out=folder)))
+    together, create, missing = threading.Barrier(2, timeout=60), store_module.create_store, dump_module.missing_shards
+
+    def create_together(*arguments: Any) -> None:
+        together.wait()
+        create(*arguments)
+
+    def missing_for_both(*arguments: Any) -> list[int]:
+        shards = missing(*arguments)
+        together.wait()
+        return shards
+
+    monkeypatch.setattr(store_module, "create_store", create_together)
+    monkeypatch.setattr(dump_module, "missing_shards", missing_for_both)
+    with ThreadPoolExecutor(2) as pool:
+        summaries = list(pool.map(run_dump, [options, options]))
+    assert [summary.samples for summary in summaries] == [8, 8]
+    assert bucket_contents(url) == contents(folder)
+
+
+def test_lines_name_the_bucket(tmp_path: Path, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """plan, dump, verify and inspect print the URL as it was given."""
+    data = draw_scenes(tmp_path / "scenes", 4)
+    assert dump(data, url) == 0
+    assert command("plan", "--data", data, "--teacher", TEACHER, "--sizes", SIDE, "--out", url) == 0
+    assert command("verify", url) == 0
+    assert command("inspect", url) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count(url) >= 3
+    assert f"{url}: 4 images x 1 views" in printed.err
+    assert f"{url}: wrote 4 samples" in printed.err
+    assert "s3:/b" not in printed.out + printed.err
 
 
 def test_a_short_cut_is_waited_out(
@@ -234,6 +310,35 @@ def test_the_second_epoch_needs_no_network(tmp_path: Path, url: str, wire: Wire,
     field = inputs[0].fields()[0]
     copy = reader.copies.folder.root / shard_key(field, 1)
     assert copy.read_bytes() == (local / shard_key(field, 1)).read_bytes()
+
+
+def test_training_fetches_the_store_once(tmp_path: Path, url: str, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two epochs of training from the bucket with --local-cache, the network cut before the second: every step's losses
+    are those of training from the same store in a folder, bit for bit."""
+    data = draw_scenes(tmp_path / "scenes", 8)
+    for out in (tmp_path / "store.zarr", url):
+        assert dump(data, out) == 0
+    config = configuration(tmp_path, tmp_path)
+    loop.train(replace(config, output=replace(config.output, name="local")))
+    prepare, epoch, opened = loop.prepare_data, Feed.epoch, []
+
+    def prepare_and_keep(*arguments: Any) -> Any:
+        opened.append(prepare(*arguments))
+        return opened[-1]
+
+    def cut_before_the_second(feed: Feed, number: int, first_step: int = 0) -> Iterator[TrainingStep]:
+        if number == 1:
+            opened[0].reader.copies.wait()
+            wire.cut()
+        return epoch(feed, number, first_step)
+
+    monkeypatch.setattr(loop, "prepare_data", prepare_and_keep)
+    monkeypatch.setattr(Feed, "epoch", cut_before_the_second)
+    remote = replace(config.data, cache=url, local_cache=tmp_path / "copies")
+    loop.train(replace(config, data=remote, output=replace(config.output, name="remote")))
+    ours, theirs = ([line["losses"] for line in steps_of(tmp_path / name)] for name in ("remote", "local"))
+    assert len(ours) == 4
+    assert ours == theirs
 
 
 def test_the_local_cache_keeps_within_its_size(tmp_path: Path, url: str, inputs: tuple[Manifest, Plan]) -> None:

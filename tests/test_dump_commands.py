@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from dump_cases import TEACHER, command, contents, draw_scenes, dump, same_bytes
 from PIL import Image
 
@@ -261,6 +262,30 @@ def test_prune_drops_the_neck(scenes: Path, tmp_path: Path, capsys: pytest.Captu
     assert CacheReader(out).complete
     capsys.readouterr()
     assert command("prune", out, tmp_path / "again.zarr", "--no-neck") == 2
+    assert "expected something to leave out" in capsys.readouterr().err
+
+
+def test_prune_drops_the_queries(lossless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A store without its queries: all else is shared, zarr.json lists no such array, verify is content, the reader
+    gives the same records with queries of no rows; dropping them again is an error."""
+    out = tmp_path / "out.zarr"
+    assert command("prune", lossless, out, "--no-queries") == 0
+    assert command("verify", out) == 0
+    names = {name for name in contents(lossless) if "queries" not in name}
+    assert set(contents(out)) == names
+    assert all((lossless / name).samefile(out / name) for name in names if "/c." in name)
+    ours, theirs = CacheReader(out), CacheReader(lossless)
+    assert not ours.manifest.codec.queries
+    rows = theirs.rows().tolist()
+    one, other = ours.read(rows), theirs.read(rows)
+    assert len(one.queries) == 0
+    assert len(other.queries) == len(rows)
+    for name in ("tokens", "token_weights", "logits", "boxes_cxcywh", "quality", "assignment"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    ours.close()
+    theirs.close()
+    capsys.readouterr()
+    assert command("prune", out, tmp_path / "again.zarr", "--no-queries") == 2
     assert "expected something to leave out" in capsys.readouterr().err
 
 

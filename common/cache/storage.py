@@ -246,16 +246,23 @@ class Bucket:
     def create(self, build: Callable[[Path], None]) -> None:
         """Let `build` fill a folder and put its files, the group's zarr.json last: it makes the store visible.
 
-        FileExistsError where another process was faster.
+        No object is replaced: equal ones are of another process that creates the same store, or of an attempt that was
+        killed. FileExistsError where there is another store, UserError where there is the beginning of one.
         """
         with tempfile.TemporaryDirectory() as folder:
             building = Path(folder) / "store.zarr"
             build(building)
-            files = [path for path in building.rglob("*") if path.is_file() and path != building / "zarr.json"]
-            for path in files:
-                self.put(path.relative_to(building).as_posix(), path.read_bytes())
-            if not self.put("zarr.json", (building / "zarr.json").read_bytes(), overwrite=False):
-                raise FileExistsError(f"{self.url}: another process has just created a store there")
+            files = [path for path in building.rglob("*") if path.is_file()]
+            for path in sorted(files, key=building.joinpath("zarr.json").__eq__):
+                key, content = path.relative_to(building).as_posix(), path.read_bytes()
+                if self.put(key, content, overwrite=False) or self.read(key) == content:
+                    continue
+                if self.exists("zarr.json"):
+                    raise FileExistsError(f"{self.url}: another process has just created another store there")
+                raise UserError(
+                    f"{self.url}: another process is creating a store of another configuration there, or was stopped"
+                    f" while it did ({key} differs): name another --out, or remove what is there"
+                )
 
     def remove_partial(self) -> None:
         """Nothing to do: an object that was not put whole does not exist."""
