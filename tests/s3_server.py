@@ -49,7 +49,6 @@ def running_server() -> Iterator[Server]:
         str(program), "-logdir", str(folder), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         "-filer", "-s3", "-s3.port.lance=0", "-s3.port.iceberg=0",
         f"-s3.config={folder / 'keys.json'}", "-master.volumeSizeLimitMB=64",
-        "-s3.port.iceberg=0", "-s3.port.lance=0",  # else on ports of which a machine has one
         *(f"-{name}.port={port}" for name, port in ports.items()),
     ]  # fmt: skip
     with (folder / "output").open("wb") as output:
