@@ -22,6 +22,7 @@ def cached_feature_loss(
     scales: Tensor | None = None,
     channel_scale: Tensor | None = None,
     channel_shift: Tensor | None = None,
+    codebooks: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Weighted squared error between the student's features and the teacher's cached, quantised ones.
@@ -33,11 +34,13 @@ def cached_feature_loss(
 
     student: (B, T, C) float32, bf16 or fp16, the only input with a gradient. tokens: (S, C) float32, float16 or
     int8; (S, C/2) uint8 holding two int4 in -8..7 each, in two's complement: the even channel in the low nibble, the
-    odd one in the high nibble; or (S, C/4) uint8 holding four int2, each -3, -1, 1 or 3 as (q + 3) / 2, from the lowest
-    bits to the highest. positions: (S,) int64 into the T of the (padded) student; those of one sample are all
-    different. weights: (S,) float32. offsets: (B+1,) int64: tokens offsets[b]:offsets[b+1] belong to sample b. scales:
-    (S, G) float16 or float32, one for each group of C/G neighbouring channels. channel_scale, channel_shift: (C,). What
-    is None is left out. Returns a float32 scalar (float64 for a float64 student).
+    odd one in the high nibble; or, with codebooks, (S, M) uint8 codes. positions: (S,) int64 into the T of the (padded)
+    student; those of one sample are all different. weights: (S,) float32. offsets: (B+1,) int64: tokens
+    offsets[b]:offsets[b+1] belong to sample b. scales: (S, G) float16 or float32, one for each group of C/G
+    neighbouring channels. channel_scale, channel_shift: (C,). codebooks: (M, 256, d) float32 with d = C/M, of product
+    quantisation (Jegou et al., TPAMI 2011): q's channels m*d to (m+1)*d are the centroid codebooks[m, tokens[s, m]].
+    Where these were made of rotated features, the student comes rotated likewise: that is the caller's part. What is
+    None is left out. Returns a float32 scalar (float64 for a float64 student).
 
     The gradient of student is the only tensor of its size that is allocated, unless backend is "reference". The "cpu"
     and "triton" versions add in a fixed order.
@@ -45,15 +48,14 @@ def cached_feature_loss(
     Raises ValueError for shapes and dtypes that do not fit, and on the CPU for positions and offsets out of range (on a
     GPU that would wait for the device).
     """
-    _check(student, tokens, positions, weights, offsets, scales, channel_scale, channel_shift)
+    _check(student, tokens, positions, weights, offsets, scales, channel_scale, channel_shift, codebooks)
     if student.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_indices(positions, offsets, student.shape[1])
     samples = torch.searchsorted(offsets[1:], torch.arange(len(positions), device=offsets.device), right=True)
     rows = samples * student.shape[1] + positions  # of the flattened (B*T, C) student
     chosen = choose("cached feature loss", backend, student)
-    if chosen == "reference":
-        return cached_feature_loss_reference(student, tokens, rows, weights, scales, channel_scale, channel_shift)
-    loss: Tensor = _forward(student, tokens, rows, weights, scales, channel_scale, channel_shift, chosen)
+    inputs = (student, tokens, rows, weights, scales, channel_scale, channel_shift, codebooks)
+    loss: Tensor = cached_feature_loss_reference(*inputs) if chosen == "reference" else _forward(*inputs, chosen)
     return loss
 
 
@@ -70,9 +72,12 @@ def _forward(
     scales: Tensor | None,
     channel_scale: Tensor | None,
     channel_shift: Tensor | None,
+    codebooks: Tensor | None,
     backend: str,
 ) -> Tensor:
-    loss: Tensor = _module(backend).forward(student, tokens, rows, weights, scales, channel_scale, channel_shift)
+    loss: Tensor = _module(backend).forward(
+        student, tokens, rows, weights, scales, channel_scale, channel_shift, codebooks
+    )
     return loss
 
 
@@ -85,6 +90,7 @@ def _(
     scales: Tensor | None,
     channel_scale: Tensor | None,
     channel_shift: Tensor | None,
+    codebooks: Tensor | None,
     backend: str,
 ) -> Tensor:
     return student.new_empty((), dtype=torch.promote_types(student.dtype, torch.float32))
@@ -100,10 +106,11 @@ def _backward(
     scales: Tensor | None,
     channel_scale: Tensor | None,
     channel_shift: Tensor | None,
+    codebooks: Tensor | None,
     backend: str,
 ) -> Tensor:
     grad_student: Tensor = _module(backend).backward(
-        grad, student, tokens, rows, weights, scales, channel_scale, channel_shift
+        grad, student, tokens, rows, weights, scales, channel_scale, channel_shift, codebooks
     )
     return grad_student
 
@@ -118,6 +125,7 @@ def _(
     scales: Tensor | None,
     channel_scale: Tensor | None,
     channel_shift: Tensor | None,
+    codebooks: Tensor | None,
     backend: str,
 ) -> Tensor:
     return student.new_empty(student.shape)
@@ -129,7 +137,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _backward(grad, *ctx.saved_tensors, ctx.backend), *[None] * 7
+    return _backward(grad, *ctx.saved_tensors, ctx.backend), *[None] * 8
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -144,19 +152,23 @@ def _check(
     scales: Tensor | None,
     channel_scale: Tensor | None,
     channel_shift: Tensor | None,
+    codebooks: Tensor | None,
 ) -> None:
     if student.dim() != 3 or not student.is_floating_point():
         raise ValueError(f"student must be floating and (B, T, C), got {student.dtype} {tuple(student.shape)}")
     batch, _, channels = student.shape
     if tokens.dtype not in (torch.float32, torch.float16, torch.int8, torch.uint8):
-        raise ValueError(f"tokens must be float32, float16, int8 or uint8 (two int4 or four int2), got {tokens.dtype}")
-    packed, kept = 1, positions.shape[0]  # channels in an element
-    if tokens.dtype == torch.uint8:
-        packed = 4 if tokens.shape[-1] == channels // 4 else 2
-    if channels % packed:
-        raise ValueError(f"int4 tokens need an even number of channels, int2 a multiple of 4, got {channels}")
+        raise ValueError(f"tokens must be float32, float16, int8 or uint8 (int4 or codes), got {tokens.dtype}")
+    kept, elements = positions.shape[0], channels
+    if codebooks is not None:
+        _check_codebooks(codebooks, tokens, channels)
+        elements = codebooks.shape[0]
+    elif tokens.dtype == torch.uint8:
+        if channels % 2:
+            raise ValueError(f"int4 tokens need an even number of channels, got {channels}")
+        elements = channels // 2
     shapes = {
-        "tokens": (tokens, (kept, channels // packed)),
+        "tokens": (tokens, (kept, elements)),
         "positions": (positions, (kept,)),
         "weights": (weights, (kept,)),
         "offsets": (offsets, (batch + 1,)),
@@ -173,6 +185,14 @@ def _check(
             raise ValueError(f"{name} must be int64, got {tensor.dtype}")
     if scales is not None and (scales.dim() != 2 or scales.shape[0] != kept or channels % max(1, scales.shape[1])):
         raise ValueError(f"scales must be ({kept}, G) with G a divisor of {channels}, got {tuple(scales.shape)}")
+
+
+def _check_codebooks(codebooks: Tensor, tokens: Tensor, channels: int) -> None:
+    if codebooks.dtype != torch.float32 or tokens.dtype != torch.uint8:
+        raise ValueError(f"codebooks must be float32 and their tokens uint8, got {codebooks.dtype} and {tokens.dtype}")
+    shape = codebooks.shape
+    if len(shape) != 3 or shape[1] != 256 or shape[0] * shape[2] != channels:
+        raise ValueError(f"codebooks must be (M, 256, d) with M * d = {channels} channels, got {tuple(shape)}")
 
 
 def _check_indices(positions: Tensor, offsets: Tensor, length: int) -> None:

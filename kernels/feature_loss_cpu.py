@@ -46,12 +46,14 @@ def _float_to_bfloat(value):  # type: ignore[no-untyped-def]
 
 
 @inlined("contract")
-def _difference(student, tokens, row, s, scales, channel_scale, channel_shift, difference):  # type: ignore[no-untyped-def]
+def _difference(  # type: ignore[no-untyped-def]
+    student, tokens, row, s, scales, channel_scale, channel_shift, codebooks, difference
+):
     """difference[c] = student[row, c] - decode(tokens)[s, c].
 
-    The dtypes say what is stored: tokens are float32, int8, two int4 or four int2 in uint8 or the bits of a half in
-    uint16; the student is float32, float64 or the bits of a bfloat in uint16. What does not apply is folded away by
-    the compiler.
+    The dtypes say what is stored: tokens are float32, int8, two int4 or a code in uint8, or the bits of a half in
+    uint16; the student is float32, float64 or the bits of a bfloat in uint16. What does not apply is folded away by the
+    compiler. Without codebooks, their shape is (0, 256, 0).
     """
     channels = difference.size
     if tokens.itemsize == 2:
@@ -60,18 +62,17 @@ def _difference(student, tokens, row, s, scales, channel_scale, channel_shift, d
     elif tokens.itemsize == 4:
         for c in range(channels):
             difference[c] = tokens[s, c]
+    elif codebooks.shape[0]:
+        width = codebooks.shape[2]
+        for m in range(codebooks.shape[0]):
+            code = np.uint8(tokens[s, m])
+            for j in range(width):
+                difference[m * width + j] = codebooks[m, code, j]
     elif 2 * tokens.shape[1] == channels:
         for i in range(tokens.shape[1]):
             byte = np.int32(tokens[s, i])
             difference[2 * i] = ((byte & 15) ^ 8) - 8
             difference[2 * i + 1] = ((byte >> 4) ^ 8) - 8
-    elif 4 * tokens.shape[1] == channels:
-        for i in range(tokens.shape[1]):
-            byte = np.int32(tokens[s, i])
-            difference[4 * i] = 2 * (byte & 3) - 3
-            difference[4 * i + 1] = 2 * ((byte >> 2) & 3) - 3
-            difference[4 * i + 2] = 2 * ((byte >> 4) & 3) - 3
-            difference[4 * i + 3] = 2 * (byte >> 6) - 3
     else:
         for c in range(channels):
             difference[c] = np.int32(tokens[s, c])
@@ -91,14 +92,14 @@ def _difference(student, tokens, row, s, scales, channel_scale, channel_shift, d
 
 @jit("contract", "reassoc")
 def _forward(  # type: ignore[no-untyped-def]
-    start, stop, student, tokens, rows, weights, scales, channel_scale, channel_shift, sums
+    start, stop, student, tokens, rows, weights, scales, channel_scale, channel_shift, codebooks, sums
 ):
     """The weighted squared error of each block of tokens start..stop, in float64."""
     difference = np.empty(channel_scale.size, channel_scale.dtype)
     for block in range(start, stop):
         total = 0.0
         for s in range(block * _BLOCK, min((block + 1) * _BLOCK, rows.size)):
-            _difference(student, tokens, rows[s], s, scales, channel_scale, channel_shift, difference)
+            _difference(student, tokens, rows[s], s, scales, channel_scale, channel_shift, codebooks, difference)
             squares = channel_scale.dtype.type(0)
             for c in range(difference.size):
                 squares += difference[c] * difference[c]
@@ -108,7 +109,18 @@ def _forward(  # type: ignore[no-untyped-def]
 
 @jit("contract")
 def _backward(  # type: ignore[no-untyped-def]
-    start, stop, grad, student, tokens, token_of_row, weights, scales, channel_scale, channel_shift, grad_student
+    start,
+    stop,
+    grad,
+    student,
+    tokens,
+    token_of_row,
+    weights,
+    scales,
+    channel_scale,
+    channel_shift,
+    codebooks,
+    grad_student,
 ):
     """Rows start..stop of the student's gradient, for the loss's gradient `grad`."""
     difference = np.empty(channel_scale.size, channel_scale.dtype)
@@ -118,7 +130,7 @@ def _backward(  # type: ignore[no-untyped-def]
             for c in range(difference.size):
                 grad_student[row, c] = 0
             continue
-        _difference(student, tokens, row, s, scales, channel_scale, channel_shift, difference)
+        _difference(student, tokens, row, s, scales, channel_scale, channel_shift, codebooks, difference)
         factor = 2 * grad * weights[s]
         if grad_student.itemsize == 2:
             for c in range(difference.size):
@@ -136,6 +148,7 @@ def forward(
     scales: Tensor | None,
     channel_scale: Tensor | None,
     channel_shift: Tensor | None,
+    codebooks: Tensor | None,
 ) -> Tensor:
     """As `kernels.feature_loss._forward`."""
     real = _real(student)
@@ -145,7 +158,7 @@ def forward(
         _rows_of(student),
         _numbers(tokens),
         rows.numpy(),
-        *_factors(real, student.shape[2], weights, scales, channel_scale, channel_shift),
+        *_factors(real, student.shape[2], weights, scales, channel_scale, channel_shift, codebooks),
     )
     sums = np.zeros(-(-len(rows) // _BLOCK))
     parallel(lambda start, stop: _forward(start, stop, *arguments, sums), len(sums))
@@ -161,13 +174,14 @@ def backward(
     scales: Tensor | None,
     channel_scale: Tensor | None,
     channel_shift: Tensor | None,
+    codebooks: Tensor | None,
 ) -> Tensor:
     """The gradient (B, T, C) of student, in its dtype."""
     real = _real(student)
     grad_student = torch.empty(student.shape, dtype=torch.float32 if student.dtype == torch.float16 else student.dtype)
     token_of_row = np.full(student.shape[0] * student.shape[1], -1, np.int32)
     token_of_row[rows.numpy()] = np.arange(len(rows), dtype=np.int32)
-    factors = _factors(real, student.shape[2], weights, scales, channel_scale, channel_shift)
+    factors = _factors(real, student.shape[2], weights, scales, channel_scale, channel_shift, codebooks)
     arguments = (
         np.float64(grad.item()) if real == torch.float64 else np.float32(grad.item()),
         _rows_of(student),
@@ -205,10 +219,13 @@ def _factors(
     scales: Tensor | None,
     channel_scale: Tensor | None,
     channel_shift: Tensor | None,
+    codebooks: Tensor | None,
 ) -> list[Array]:
-    """weights, scales, channel_scale and channel_shift in the dtype that is computed in, ones or zeros for None."""
+    """weights, scales, channel_scale, channel_shift and codebooks in the dtype that is computed in, ones, zeros or no
+    codebooks for None."""
     scales = torch.ones(len(weights), 1) if scales is None else scales
     channel_scale = torch.ones(channels) if channel_scale is None else channel_scale
     channel_shift = torch.zeros(channels) if channel_shift is None else channel_shift
-    tensors = (weights, scales, channel_scale, channel_shift)
+    codebooks = torch.empty(0, 256, 0) if codebooks is None else codebooks
+    tensors = (weights, scales, channel_scale, channel_shift, codebooks)
     return [tensor.detach().to(real).contiguous().numpy() for tensor in tensors]

@@ -8,7 +8,8 @@ What it must move for 2 x 8500 tokens of 256 channels of which 25% are kept, int
 tokens and 2.2 MB of student rows; backward the same, 8.7 MB of gradient and 0.07 MB of row table, written and read. In
 all 15 MB, 5 microseconds at the 3.35 TB/s of an H100 SXM's memory, less than the launches take; 13 MFLOP. The unfused
 expression writes and reads the decoded features, the gathered rows, their difference, its square and their gradients,
-4.4 MB each in float32. These are bounds by arithmetic, not measurements.
+4.4 MB each in float32. Tokens as product-quantised bytes, one for 8 channels, are 0.14 MB instead of 1.1 MB, and their
+codebooks 0.26 MB, gathered from by all programs and so from L2. These are bounds by arithmetic, not measurements.
 """
 
 from __future__ import annotations
@@ -25,17 +26,21 @@ _TILE = 2048  # elements of one block: 16 a thread with the default of 4 warps
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _difference(  # type: ignore[no-untyped-def]
-    student, tokens, scales, channel_scale, channel_shift, row, s, kept, c,
-    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PACKED: tl.constexpr,
+    student, tokens, scales, channel_scale, channel_shift, codebooks, row, s, kept, c,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PACKED: tl.constexpr, CODED: tl.constexpr,
     HAS_CHANNEL_SCALE: tl.constexpr, HAS_CHANNEL_SHIFT: tl.constexpr,
 ):  # fmt: skip
     """student[row, c] - decode(tokens)[s, c] as a tile (rows, channels), 0 where not `kept`. GROUPS 0: no scales.
-    PACKED: channels in one element of tokens, 1, 2 (int4) or 4 (int2)."""
+    PACKED: whether an element of tokens holds two int4. CODED: channels that it is a code for, 0: no codebooks."""
     mask = kept[:, None] & (c < CHANNELS)[None, :]
-    if PACKED > 1:
-        place = tokens + s[:, None] * (CHANNELS // PACKED) + (c // PACKED)[None, :]
-        bits = tl.load(place, mask=mask, other=0).to(tl.int32) >> (c % PACKED * (8 // PACKED))[None, :]
-        teacher = ((bits & 15) - 2 * (bits & 8) if PACKED == 2 else 2 * (bits & 3) - 3).to(tl.float32)
+    if CODED > 0:
+        code = tl.load(tokens + s[:, None] * (CHANNELS // CODED) + (c // CODED)[None, :], mask=mask, other=0)
+        centroid = (c // CODED * 256)[None, :] + code.to(tl.int32)
+        teacher = tl.load(codebooks + centroid * CODED + (c % CODED)[None, :], mask=mask, other=0.0)
+    elif PACKED:
+        place = tokens + s[:, None] * (CHANNELS // 2) + (c // 2)[None, :]
+        nibble = tl.load(place, mask=mask, other=0).to(tl.int32) >> (c % 2 * 4)[None, :]
+        teacher = ((nibble & 15) - 2 * (nibble & 8)).to(tl.float32)
     else:
         teacher = tl.load(tokens + s[:, None] * CHANNELS + c[None, :], mask=mask, other=0).to(tl.float32)
     if GROUPS > 0:
@@ -51,8 +56,8 @@ def _difference(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _forward(  # type: ignore[no-untyped-def]
-    student, tokens, rows, weights, scales, channel_scale, channel_shift, sums, count,
-    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PACKED: tl.constexpr,
+    student, tokens, rows, weights, scales, channel_scale, channel_shift, codebooks, sums, count,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PACKED: tl.constexpr, CODED: tl.constexpr,
     HAS_CHANNEL_SCALE: tl.constexpr, HAS_CHANNEL_SHIFT: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -61,9 +66,10 @@ def _forward(  # type: ignore[no-untyped-def]
     row = tl.load(rows + s, mask=kept, other=0)
     squares = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for start in range(0, CHANNELS, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
         difference = _difference(
-            student, tokens, scales, channel_scale, channel_shift, row, s, kept, start + tl.arange(0, BLOCK_C),
-            CHANNELS, GROUPS, PACKED, HAS_CHANNEL_SCALE, HAS_CHANNEL_SHIFT,
+            student, tokens, scales, channel_scale, channel_shift, codebooks, row, s, kept, c,
+            CHANNELS, GROUPS, PACKED, CODED, HAS_CHANNEL_SCALE, HAS_CHANNEL_SHIFT,
         )  # fmt: skip
         squares += difference * difference
     weight = tl.load(weights + s, mask=kept, other=0.0).to(tl.float32)
@@ -72,8 +78,9 @@ def _forward(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _backward(  # type: ignore[no-untyped-def]
-    grad, student, tokens, token_of_row, weights, scales, channel_scale, channel_shift, grad_student, count,
-    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PACKED: tl.constexpr,
+    grad, student, tokens, token_of_row, weights, scales, channel_scale, channel_shift, codebooks, grad_student,
+    count,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PACKED: tl.constexpr, CODED: tl.constexpr,
     HAS_CHANNEL_SCALE: tl.constexpr, HAS_CHANNEL_SHIFT: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -84,8 +91,8 @@ def _backward(  # type: ignore[no-untyped-def]
     for start in range(0, CHANNELS, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         difference = _difference(
-            student, tokens, scales, channel_scale, channel_shift, row, s, kept, c,
-            CHANNELS, GROUPS, PACKED, HAS_CHANNEL_SCALE, HAS_CHANNEL_SHIFT,
+            student, tokens, scales, channel_scale, channel_shift, codebooks, row, s, kept, c,
+            CHANNELS, GROUPS, PACKED, CODED, HAS_CHANNEL_SCALE, HAS_CHANNEL_SHIFT,
         )  # fmt: skip
         result = tl.where(kept[:, None], factor[:, None] * difference, 0.0)
         mask = (row < count)[:, None] & (c < CHANNELS)[None, :]
@@ -100,13 +107,14 @@ def forward(
     scales: Tensor | None,
     channel_scale: Tensor | None,
     channel_shift: Tensor | None,
+    codebooks: Tensor | None,
 ) -> Tensor:
     """As `kernels.feature_loss._forward`."""
-    constants = _constants(student, tokens, scales, channel_scale, channel_shift)
+    constants = _constants(student, tokens, scales, channel_scale, channel_shift, codebooks)
     programs = triton.cdiv(len(rows), constants["BLOCK_R"])
     sums = torch.empty(programs, dtype=torch.float32, device=student.device)
     if programs:
-        factors = _contiguous(student, weights, scales, channel_scale, channel_shift)
+        factors = _contiguous(student, weights, scales, channel_scale, channel_shift, codebooks)
         with on_device_of(student):
             _forward[(programs,)](
                 student.contiguous(), tokens.contiguous(), rows.contiguous(), *factors, sums, len(rows), **constants
@@ -123,15 +131,16 @@ def backward(
     scales: Tensor | None,
     channel_scale: Tensor | None,
     channel_shift: Tensor | None,
+    codebooks: Tensor | None,
 ) -> Tensor:
     """The gradient (B, T, C) of student, in its dtype."""
-    constants = _constants(student, tokens, scales, channel_scale, channel_shift)
+    constants = _constants(student, tokens, scales, channel_scale, channel_shift, codebooks)
     count = student.shape[0] * student.shape[1]
     token_of_row = torch.full((count,), -1, dtype=torch.int32, device=student.device)
     token_of_row[rows] = torch.arange(len(rows), dtype=torch.int32, device=student.device)
     grad_student = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     if grad_student.numel():
-        factors = _contiguous(student, weights, scales, channel_scale, channel_shift)
+        factors = _contiguous(student, weights, scales, channel_scale, channel_shift, codebooks)
         tensors = (grad, student.contiguous(), tokens.contiguous(), token_of_row, *factors, grad_student)
         with on_device_of(student):
             _backward[(triton.cdiv(count, constants["BLOCK_R"]),)](*tensors, count, **constants)
@@ -144,13 +153,15 @@ def _constants(
     scales: Tensor | None,
     channel_scale: Tensor | None,
     channel_shift: Tensor | None,
+    codebooks: Tensor | None,
 ) -> dict[str, int]:
     channels = student.shape[2]
     block_c = min(256, triton.next_power_of_2(channels))
     return {
         "CHANNELS": channels,
         "GROUPS": 0 if scales is None else scales.shape[1],
-        "PACKED": channels // max(1, tokens.shape[1]),
+        "PACKED": tokens.dtype == torch.uint8 and codebooks is None,
+        "CODED": 0 if codebooks is None else codebooks.shape[2],
         "HAS_CHANNEL_SCALE": channel_scale is not None,
         "HAS_CHANNEL_SHIFT": channel_shift is not None,
         "BLOCK_R": _TILE // block_c,

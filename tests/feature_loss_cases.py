@@ -20,6 +20,7 @@ class Inputs:
     scales: Tensor | None
     channel_scale: Tensor | None
     channel_shift: Tensor | None
+    codebooks: Tensor | None
 
     def arguments(self) -> tuple[Tensor | None, ...]:
         return (
@@ -31,6 +32,7 @@ class Inputs:
             self.scales,
             self.channel_scale,
             self.channel_shift,
+            self.codebooks,
         )
 
     def written_out(self) -> tuple[float, Tensor]:
@@ -56,8 +58,9 @@ class Inputs:
     def _stored(self, s: int, c: int) -> float:
         if self.tokens.dtype != torch.uint8:
             return float(self.tokens[s, c])
-        if self.tokens.shape[1] * 4 == self.student.shape[2]:
-            return float((-3, -1, 1, 3)[int(self.tokens[s, c // 4]) // 4 ** (c % 4) % 4])
+        if self.codebooks is not None:
+            m, j = divmod(c, self.codebooks.shape[2])
+            return float(self.codebooks[m, int(self.tokens[s, m]), j])
         nibble = int(self.tokens[s, c // 2]) >> (4 * (c % 2)) & 15
         return float(nibble - 16 if nibble > 7 else nibble)
 
@@ -67,9 +70,12 @@ CASES = {
     "int8, groups": ("int8", torch.float32, 4, True),
     "int8, nothing else": ("int8", torch.float32, 0, False),
     "int4": ("int4", torch.float32, 4, True),
-    "int2": ("int2", torch.float32, 3, True),
-    "int2, nothing else": ("int2", torch.float32, 0, False),
-    "int2, bf16 student": ("int2", torch.bfloat16, 1, True),
+    "codes for 4": ("codes for 4", torch.float32, 0, False),
+    "codes for 2": ("codes for 2", torch.float32, 0, False),
+    "codes for 3, channel factors": ("codes for 3", torch.float32, 0, True),
+    "codes for 4, groups": ("codes for 4", torch.float32, 3, True),
+    "codes for 4, bf16 student": ("codes for 4", torch.bfloat16, 0, False),
+    "codes for 1, fp16 student": ("codes for 1", torch.float16, 0, False),
     "float16": ("float16", torch.float32, 0, False),
     "float32": ("float32", torch.float32, 0, False),
     "float32, bf16 student": ("float32", torch.bfloat16, 2, True),
@@ -83,12 +89,15 @@ def inputs(name: str, channels: int = 12, length: int = 9, counts: tuple[int, ..
     """A case of CASES: three samples, the second without tokens, the third with all of its positions."""
     kind, student_dtype, groups, channelwise = CASES[name]
     generator = torch.Generator().manual_seed(0)
-    total = sum(counts)
+    total, codebooks = sum(counts), None
     if kind == "int8":
         tokens = torch.randint(-128, 128, (total, channels), dtype=torch.int8, generator=generator)
-    elif kind in ("int4", "int2"):
-        size = channels // {"int4": 2, "int2": 4}[kind]
-        tokens = torch.randint(256, (total, size), dtype=torch.uint8, generator=generator)
+    elif kind == "int4":
+        tokens = torch.randint(256, (total, channels // 2), dtype=torch.uint8, generator=generator)
+    elif kind.startswith("codes for "):
+        width = int(kind.removeprefix("codes for "))
+        tokens = torch.randint(256, (total, channels // width), dtype=torch.uint8, generator=generator)
+        codebooks = torch.randn(channels // width, 256, width, generator=generator)
     elif kind == "float32":
         tokens = torch.randn(total, channels, generator=generator)
     else:
@@ -106,4 +115,5 @@ def inputs(name: str, channels: int = 12, length: int = 9, counts: tuple[int, ..
         else None,
         torch.rand(channels, generator=generator) if channelwise else None,
         torch.randn(channels, generator=generator) if channelwise else None,
+        codebooks,
     )

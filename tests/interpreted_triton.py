@@ -86,10 +86,11 @@ def test_feature_loss(name: str) -> None:
     assert torch.equal(found_grad == 0, (3 * grad).to(found_grad.dtype) == 0)
 
 
-def test_feature_loss_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["int8, groups", "codes for 4", "codes for 3, channel factors"])
+def test_feature_loss_in_several_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows and channels than one block holds, neither a multiple of it: against the reference, 1e-5."""
     monkeypatch.setattr(feature_loss_triton, "_TILE", 1024)  # blocks of 4 rows by 256 channels
-    case = feature_loss_cases.inputs("int8, groups", channels=300, length=50, counts=(37, 0, 50))
+    case = feature_loss_cases.inputs(name, channels=300, length=50, counts=(37, 0, 50))
     results = []
     for backend in ("triton", "reference"):
         loss = cached_feature_loss(*case.arguments(), backend=backend)

@@ -16,6 +16,7 @@ from kernels import cached_feature_loss, feature_loss
 from kernels.feature_loss_reference import decode_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
+CODES = torch.zeros(14, 3, dtype=torch.uint8)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def test_agrees_with_the_formula(name: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("kind", ["int4", "int2"])
+@pytest.mark.parametrize("kind", ["int4", "codes for 4"])
 def test_gradients_are_finite_differences(kind: str, backend: str) -> None:
     """torch.autograd.gradcheck in float64 with its usual tolerances."""
     case = inputs(kind)
@@ -79,26 +80,28 @@ def test_int4_layout() -> None:
     assert decoded.tolist() == [[-8.0, -1.0, 0.0, 7.0]]
 
 
-def test_int2_layout() -> None:
-    """0b11_10_01_00 is -3, -1, 1 and 3, from the lowest bits up. Without anything that says how many channels there
-    are, bytes are two int4."""
-    byte = torch.tensor([[0b11100100]], dtype=torch.uint8)
-    assert decode_tokens(byte, None, None, None, torch.float32, channels=4).tolist() == [[-3.0, -1.0, 1.0, 3.0]]
-    assert decode_tokens(byte, None, torch.ones(4), None, torch.float32).tolist() == [[-3.0, -1.0, 1.0, 3.0]]
-    assert decode_tokens(byte, None, None, None, torch.float32).tolist() == [[4.0, -2.0]]
+def test_layout_of_codes() -> None:
+    """Codes 255 and 3 of codebooks that count their floats: the last centroid of one, the fourth of the other."""
+    codebooks = torch.arange(2 * 256 * 3, dtype=torch.float32).view(2, 256, 3)
+    tokens = torch.tensor([[255, 3]], dtype=torch.uint8)
+    decoded = decode_tokens(tokens, None, None, None, torch.float32, codebooks)
+    assert decoded.tolist() == [[765.0, 766.0, 767.0, 777.0, 778.0, 779.0]]
 
 
-def test_every_byte_of_int2_decodes() -> None:
-    """All 256 bytes as tokens of 1024 channels through the CPU kernel and the reference: equal gradients."""
-    tokens = torch.arange(256, dtype=torch.uint8).repeat(2, 1)
-    student = torch.zeros(1, 3, 1024, requires_grad=True)
-    arguments = (tokens, torch.tensor([2, 0]), torch.ones(2), torch.tensor([0, 2]))
-    grads = [
-        torch.autograd.grad(cached_feature_loss(student, *arguments, backend=backend), student)[0]
-        for backend in ("cpu", "reference")
-    ]
-    assert torch.equal(*grads)
-    assert sorted(set(grads[0].flatten().tolist())) == [-6.0, -2.0, 0.0, 2.0, 6.0]
+@pytest.mark.parametrize("width", [1, 2, 4, 6, 8, 12, 16])
+def test_every_code_decodes(width: int) -> None:
+    """All 256 codes in all of three codebooks, of widths that the CPU kernel copies in different ways, against a
+    student of zeros: the gradient is -2 times the decoded tokens, bit for bit, in float32 and in float64."""
+    codebooks = torch.randn(3, 256, width, generator=torch.Generator().manual_seed(0))
+    tokens = torch.stack([torch.arange(256).roll(shift) for shift in (0, 1, 77)], dim=1).to(torch.uint8)
+    arguments = (tokens, torch.arange(256), torch.ones(256), torch.tensor([0, 256]))
+    for dtype in (torch.float32, torch.float64):
+        student = torch.zeros(1, 256, 3 * width, dtype=dtype, requires_grad=True)
+        loss = cached_feature_loss(student, *arguments, codebooks=codebooks, backend="cpu")
+        (grad,) = torch.autograd.grad(loss, student)
+        for m in range(3):
+            expected = -2 * codebooks[m].to(dtype)[tokens[:, m].long()]
+            assert torch.equal(grad[0, :, m * width : (m + 1) * width], expected)
 
 
 def test_same_bits_for_any_number_of_threads() -> None:
@@ -137,7 +140,7 @@ def run(tokens, backend):
     arguments = (positions, torch.rand(2 * kept), torch.tensor([0, kept, 2 * kept]), torch.rand(2 * kept, 1))
     open("/proc/self/clear_refs", "w").write("5")  # the peak starts at what is resident now
     before = status("VmRSS")
-    cached_feature_loss(student, teacher, *arguments, torch.rand(256), torch.rand(256), backend).backward()
+    cached_feature_loss(student, teacher, *arguments, torch.rand(256), torch.rand(256), backend=backend).backward()
     return (status("VmHWM") - before) / (student.grad.numel() * 4)
 
 run(100, "cpu"), run(100, "reference")
@@ -156,18 +159,21 @@ def test_peak_memory_is_that_of_the_gradient() -> None:
     assert reference > 1.4
 
 
-def test_torch_library_registration() -> None:
+@pytest.mark.parametrize("name", ["int8, groups", "codes for 4"])
+def test_torch_library_registration(name: str) -> None:
     """torch.library.opcheck: schema, fake implementation, autograd registration, dynamic shapes."""
-    case = inputs("int8, groups")
+    case = inputs(name)
     rows = case.positions + torch.arange(3).repeat_interleave(case.offsets.diff()) * case.student.shape[1]
-    others = (case.tokens, rows, case.weights, case.scales, case.channel_scale, case.channel_shift, "cpu")
+    factors = (case.weights, case.scales, case.channel_scale, case.channel_shift, case.codebooks)
+    others = (case.tokens, rows, *factors, "cpu")
     torch.library.opcheck(feature_loss._forward, (case.student, *others))
     torch.library.opcheck(feature_loss._backward, (torch.tensor(2.0), case.student.detach(), *others))
 
 
-def test_compile_without_graph_breaks() -> None:
+@pytest.mark.parametrize("name", ["int4", "codes for 4"])
+def test_compile_without_graph_breaks(name: str) -> None:
     """torch.compile(fullgraph=True) traces through the facade; loss and gradient bit for bit."""
-    case = inputs("int4")
+    case = inputs(name)
     compiled = torch.compile(cached_feature_loss, fullgraph=True, backend="aot_eager")
     losses = [function(*case.arguments()) for function in (cached_feature_loss, compiled)]
     grads = [torch.autograd.grad(loss, case.student)[0] for loss in losses]
@@ -181,7 +187,16 @@ def test_compile_without_graph_breaks() -> None:
         ({"student": torch.zeros(9, 12)}, r"student must be floating and \(B, T, C\)"),
         ({"tokens": torch.zeros(14, 12, dtype=torch.int32)}, "tokens must be float32, float16, int8 or uint8"),
         ({"tokens": torch.zeros(14, 12, dtype=torch.uint8)}, r"tokens must be \(14, 6\)"),
-        ({"student": torch.zeros(3, 9, 14), "tokens": torch.zeros(14, 3, dtype=torch.uint8)}, "int2 a multiple of 4"),
+        (
+            {"student": torch.zeros(3, 9, 13), "tokens": torch.zeros(14, 6, dtype=torch.uint8)},
+            "even number of channels",
+        ),
+        ({"codebooks": torch.zeros(3, 256, 4)}, "their tokens uint8, got torch.float32 and torch.int8"),
+        ({"codebooks": torch.zeros(3, 256, 4).half(), "tokens": CODES}, "codebooks must be float32"),
+        ({"codebooks": torch.zeros(3, 256, 5), "tokens": CODES}, r"M \* d = 12 channels, got \(3, 256, 5\)"),
+        ({"codebooks": torch.zeros(3, 128, 4), "tokens": CODES}, r"codebooks must be \(M, 256, d\)"),
+        ({"codebooks": torch.zeros(3, 1024), "tokens": CODES}, r"got \(3, 1024\)"),
+        ({"codebooks": torch.zeros(6, 256, 2), "tokens": CODES}, r"tokens must be \(14, 6\)"),
         ({"positions": torch.zeros(14)}, "positions must be int64"),
         ({"positions": torch.full((14,), 9)}, "positions must lie in 0..8"),
         ({"offsets": torch.tensor([0, 14])}, r"offsets must be \(4,\)"),

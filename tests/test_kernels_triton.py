@@ -23,7 +23,6 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 ATTENTION = {"HEADS": 8, "WIDTH": 32, "LEVELS": 4, "POINTS": 4, "BLOCK_Q": 16, "BLOCK_P": 4, "BLOCK_D": 32}
 LOSS = {
     "CHANNELS": 256,
-    "PACKED": 1,
     "GROUPS": 8,
     "HAS_CHANNEL_SCALE": True,
     "HAS_CHANNEL_SHIFT": True,
@@ -96,14 +95,18 @@ def test_deformable_attention_compiles(dtype: torch.dtype, capability: int) -> N
 
 @compiling
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("tokens", "packed"), [("*i8", 1), ("*u8", 2), ("*u8", 4), ("*fp16", 1)])
-def test_feature_loss_compiles(tokens: str, packed: int, capability: int) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "packed", "coded"),
+    [("*i8", False, 0), ("*u8", True, 0), ("*u8", False, 8), ("*u8", False, 4), ("*fp16", False, 0)],
+)
+def test_feature_loss_compiles(tokens: str, packed: bool, coded: int, capability: int) -> None:
     """To cubin, for each way in which tokens are stored; neither direction holds an atomic: the sums have an order."""
     from kernels import feature_loss_triton
 
     factors = {"weights": "*fp32", "scales": "*fp16", "channel_scale": "*fp32", "channel_shift": "*fp32"}
+    factors |= {"codebooks": "*fp32"}
     inputs = factors | {"student": "*bf16", "tokens": tokens, "count": "i32"}
-    constants = LOSS | {"PACKED": packed}
+    constants = LOSS | {"PACKED": packed, "CODED": coded}
     forward = inputs | {"rows": "*i64", "sums": "*fp32"}
     backward = inputs | {"grad": "*fp32", "token_of_row": "*i32", "grad_student": "*bf16"}
     for kernel, types in (

@@ -23,7 +23,7 @@ def cases() -> Iterator[Case]:
     yield _deformable("deformable attention, encoder 320x320", LEVELS_320, tokens // 4, spread=None)
     yield _deformable("deformable attention, decoder 640x640", LEVELS_640, 300, spread=None)
     yield _deformable_forward("deformable attention, encoder 640x640, forward", LEVELS_640, tokens)
-    for kind in ("int8", "int4", "int2", "float16"):
+    for kind in ("int8", "int4", "pq", "float16"):
         yield _feature_loss(f"cached feature loss, {kind}", kind, tokens)
     for targets in (300, 100):
         yield _hungarian(f"hungarian, 6 layers x 2 images, 300x{targets}", targets)
@@ -79,17 +79,18 @@ def _feature_loss(name: str, kind: str, tokens: int) -> Case:
     stored = {
         "int8": (torch.randint(-127, 128, (batch * kept, channels), dtype=torch.int8), torch.rand(batch * kept, 1)),
         "int4": (torch.randint(256, (batch * kept, channels // 2), dtype=torch.uint8), torch.rand(batch * kept, 8)),
-        "int2": (torch.randint(256, (batch * kept, channels // 4), dtype=torch.uint8), torch.rand(batch * kept, 4)),
+        "pq": (torch.randint(256, (batch * kept, channels // 8), dtype=torch.uint8), None),
         "float16": (torch.randn(batch * kept, channels).half(), None),
     }
     teacher, scales = stored[kind]
     channel = None if scales is None else torch.rand(channels)
+    codebooks = torch.randn(channels // 8, 256, 8) if kind == "pq" else None
     weights, offsets = torch.rand(batch * kept), torch.tensor([0, kept, 2 * kept])
 
     def step(backend: str) -> Callable[[], object]:
         def run() -> object:
             loss = cached_feature_loss(
-                student, teacher, positions, weights, offsets, scales, channel, channel, backend=backend
+                student, teacher, positions, weights, offsets, scales, channel, channel, codebooks, backend
             )
             return torch.autograd.grad(loss, student)
 
