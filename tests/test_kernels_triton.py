@@ -148,12 +148,13 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
     for found, expected in zip(*results, strict=True):
         assert relative_error(found.cpu(), expected) < tolerance
 
-    case = loss_inputs("int8, groups")
-    student = case.student.detach().to(dtype).cuda().requires_grad_()
-    _, *others = (None if tensor is None else tensor.cuda() for tensor in case.arguments())
-    loss = cached_feature_loss(student, *others)
-    expected_student = student.detach().double().cpu().requires_grad_()
-    expected = cached_feature_loss(expected_student, *case.arguments()[1:], backend="reference")
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    grads = torch.autograd.grad(loss, student)[0].cpu(), torch.autograd.grad(expected, expected_student)[0]
-    assert relative_error(*grads) < tolerance
+    for name in ("int8, groups", "codes for 4"):
+        case = loss_inputs(name)
+        student = case.student.detach().to(dtype).cuda().requires_grad_()
+        _, *others = (None if tensor is None else tensor.cuda() for tensor in case.arguments())
+        loss = cached_feature_loss(student, *others)
+        expected_student = student.detach().double().cpu().requires_grad_()
+        expected = cached_feature_loss(expected_student, *case.arguments()[1:], backend="reference")
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        grads = torch.autograd.grad(loss, student)[0].cpu(), torch.autograd.grad(expected, expected_student)[0]
+        assert relative_error(*grads) < tolerance
