@@ -101,10 +101,11 @@ class DetectorOutput:
 class CachedBatch:
     """A batch of records as it leaves the store: still quantised, ragged over tokens.
 
-    tokens: (S, C) float32, float16 or int8, or uint8 of two int4 (S, C/2) or four int2 (S, C/4) each, the kept tokens
-    of all samples one after another. token_scales: (S, G) float16, one for each group of C/G channels, and
-    channel_scale, channel_shift: (C,) float32 decode int8, int4 and int2 as
-    q * token_scale * channel_scale + channel_shift; None for floats.
+    tokens: (S, C) float32, float16 or int8, or uint8: (S, C/2) of two int4 each, or (S, M) codes of product
+    quantisation; the kept tokens of all samples one after another. token_scales: (S, G) float16, one for each group of
+    C/G channels, and channel_scale, channel_shift: (C,) float32 decode int8 and int4 as
+    q * token_scale * channel_scale + channel_shift. codebooks: (M, 256, C/M) float32, whose entries, group after group,
+    are the token @ rotation, (C, C) float32. Each None where tokens are stored otherwise.
     token_positions: (S,) int32, index of each token in its own sample's unpadded T. token_weights: (S,) float32,
     W(t)/pi(t), so that sum(weight * squared error) over kept tokens estimates the sum over all tokens.
     token_offsets: (B + 1,) int64 into S. level_shapes: (B, levels, 2) int64, each sample's own unpadded grids.
@@ -113,7 +114,7 @@ class CachedBatch:
     queries (B, L, Q, C), logits (B, L, Q, K), boxes_cxcywh (B, L, Q, 4), quality (B, L, Q) in 0..1, all floating, or
     logits as uint8 codes, which cache.codec.decode_logits turns into floats;
     assignment (B, L, Q) int64: which ground-truth box the teacher's own Hungarian matching gave the query, -1 for none.
-    neck (T, C), neck_scales, neck_channel_scale, neck_channel_shift: the encoder's input, as tokens is its output;
+    neck (T, C), neck_scales, neck_channel_scale and so on: the encoder's input, as tokens is its output;
     neck_weights (T,) float32, the weight map of the released code. None unless the store holds them, with all tokens.
     A field that the store does not hold, or that was left out when reading, has no rows.
     """
@@ -132,8 +133,12 @@ class CachedBatch:
     quality: Tensor
     assignment: Tensor
     level_strides: Tensor | None = None
+    codebooks: Tensor | None = None
+    rotation: Tensor | None = None
     neck: Tensor | None = None
     neck_scales: Tensor | None = None
     neck_channel_scale: Tensor | None = None
     neck_channel_shift: Tensor | None = None
+    neck_codebooks: Tensor | None = None
+    neck_rotation: Tensor | None = None
     neck_weights: Tensor | None = None

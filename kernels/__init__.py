@@ -9,8 +9,17 @@ from kernels.deformable import deformable_attention
 from kernels.feature_loss import cached_feature_loss
 from kernels.feature_loss_reference import decode_tokens
 from kernels.matching import Matching, hungarian, hungarian_start
+from kernels.nearest_codes import nearest_codes
 
-__all__ = ["Matching", "cached_feature_loss", "decode_tokens", "deformable_attention", "hungarian", "hungarian_start"]
+__all__ = [
+    "Matching",
+    "cached_feature_loss",
+    "decode_tokens",
+    "deformable_attention",
+    "hungarian",
+    "hungarian_start",
+    "nearest_codes",
+]
 
 if not TYPE_CHECKING:
 

@@ -112,7 +112,7 @@ def feature_loss(student: Aligned, cached: CachedBatch) -> Tensor:
     counted = (cached.level_shapes.prod(dim=-1) * student.level_matched).sum(dim=1).clamp(min=1)
     scale = student.matched() / (counted[student.sample] * channels * samples)
     return cached_feature_loss(
-        student.features,
+        rotated(student.features, cached.rotation),
         cached.tokens,
         student.positions,
         cached.token_weights * scale,
@@ -120,7 +120,13 @@ def feature_loss(student: Aligned, cached: CachedBatch) -> Tensor:
         scales=cached.token_scales,
         channel_scale=cached.channel_scale,
         channel_shift=cached.channel_shift,
+        codebooks=cached.codebooks,
     )
+
+
+def rotated(features: Tensor, rotation: Tensor | None) -> Tensor:
+    """Features (B, T, C) in the space of the teacher's codebooks, where squared errors are the same."""
+    return features if rotation is None else features @ rotation.to(features.dtype)
 
 
 def neck_loss(student: Aligned, cached: CachedBatch) -> Tensor:
@@ -135,7 +141,7 @@ def neck_loss(student: Aligned, cached: CachedBatch) -> Tensor:
     samples, channels = len(cached.level_shapes), student.features.shape[-1]
     scale = student.matched() / (student.level_sizes[student.level] * channels * samples)
     return cached_feature_loss(
-        student.features,
+        rotated(student.features, cached.neck_rotation),
         cached.neck,
         student.positions,
         cached.neck_weights * scale,
@@ -143,4 +149,5 @@ def neck_loss(student: Aligned, cached: CachedBatch) -> Tensor:
         scales=cached.neck_scales,
         channel_scale=cached.neck_channel_scale,
         channel_shift=cached.neck_channel_shift,
+        codebooks=cached.neck_codebooks,
     )

@@ -110,7 +110,9 @@ def fgd_losses(
     segments, student_features = segments_of(student, cached, kept), student.rows()[kept].float()
     assert cached.neck is not None
     stored = (cached.neck, cached.neck_scales, cached.neck_channel_scale, cached.neck_channel_shift)
-    features = decode_tokens(*stored, torch.float32)[kept]
+    features = decode_tokens(*stored, torch.float32, cached.neck_codebooks)[kept]
+    if cached.neck_rotation is not None:  # attention is over channels, not over components
+        features = features @ cached.neck_rotation.T
 
     spatial, channel = attention(features, segments, weights.temperature)
     own_spatial, own_channel = attention(student_features, segments, weights.temperature)

@@ -180,16 +180,16 @@ def prepare_live(path: Path, data: Data) -> LiveTeacher:
 
 def check_fields(reader: CacheReader, options: DistillationOptions) -> None:
     """UserError where a loss needs what the store does not hold: the neck's features, or the queries."""
-    if options.weights.contrastive and not reader.manifest.codec.queries:
-        raise UserError(
-            "expected a store with the teacher's queries, from which the contrastive loss learns, found"
-            f" {reader.path} without: dump it with --queries True, or use --contrastive-weight 0"
-        )
     if options.needs_neck and not reader.manifest.codec.neck:
         flag = "--fgd-weight" if options.weights.fgd else "--feature-weight"
         raise UserError(
             f"expected a store with the neck's features, from which --mode {options.mode} with {flag} above 0 learns,"
             f" found {reader.path} without: dump it with --neck or --preset full, or use {flag} 0"
+        )
+    if options.weights.contrastive and not reader.manifest.codec.queries:
+        raise UserError(
+            "expected a store with the teacher's queries, from which the contrastive loss learns, found"
+            f" {reader.path} without: dump it with --queries True, or use --contrastive-weight 0"
         )
 
 

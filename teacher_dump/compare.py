@@ -10,14 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.cache.codec import SCORE_ERROR, ChannelStatistics, Stored, decode_logits, decode_tokens, largest_errors
+from common.cache.codec import SCORE_ERROR, STEP_ERROR, Decoding, Stored, decode_logits, decode_tokens, token_steps
+from common.cache.product import Codebooks, distances, encode_codes
 from common.cache.reader import CacheReader
 from common.cache.schema import Rounding
 from common.cache.storage import Location
 from common.cache.writer import Record
 from common.runtime import log
 from teacher_dump.config import SourceOptions
-from teacher_dump.encode import Statistics, read_statistics, run_teacher, stored_neck, token_fields
+from teacher_dump.encode import Statistics, read_statistics, run_teacher, stored_neck, stored_tokens, token_fields
 from teacher_dump.job import Job, Sample, job_of_store, load_sample
 from teacher_dump.records import stored_records
 from teacher_dump.tables import table
@@ -44,9 +45,10 @@ class Comparison:
     of_bound: float = 0.0
     within: bool = True
 
-    def add(self, stored: Array, teacher: Array, bound: Floats | float) -> None:
+    def add(self, stored: Array, teacher: Array, bound: Floats | float, scale: Array | None = None) -> None:
+        """scale: what the noise is measured by, if not by the teacher's values."""
         error = np.abs(stored.astype(np.float32) - teacher)
-        rms = float(np.sqrt(np.mean(np.square(teacher, dtype=np.float64))))
+        rms = float(np.sqrt(np.mean(np.square(teacher if scale is None else scale, dtype=np.float64))))
         self.largest = max(self.largest, float(error.max()))
         self.of_bound = max(self.of_bound, float((error / np.maximum(bound, 1e-30)).max()))
         self.within &= bool((error <= bound + NOISE * rms).all())
@@ -103,7 +105,7 @@ def _compare(
     codec, memory, weights = job.manifest.codec, answer["memory"], answer["weights"]
     fresh = token_fields(job.manifest, len(record["tokens"]), sample.image_id, sample.view, memory, weights, statistics)
     positions = record.get("token_positions", fresh["token_positions"])
-    tokens = {name: record[name] for name in ("tokens", "token_scales") if name in record}
+    tokens = stored_tokens(record)
     _add_features(comparisons["tokens"], tokens, memory[positions], statistics.tokens, codec.rounding)
     if codec.neck:
         _add_features(comparisons["neck"], stored_neck(record), answer["neck"], statistics.neck, codec.rounding)
@@ -124,14 +126,19 @@ def _compare(
 
 
 def _add_features(
-    comparison: Comparison, stored: Stored, teacher: Floats, statistics: ChannelStatistics | None, rounding: Rounding
+    comparison: Comparison, stored: Stored, teacher: Floats, statistics: Decoding | None, rounding: Rounding
 ) -> None:
     """Compare features as they are stored with the teacher's."""
+    if isinstance(statistics, Codebooks):  # no centroid may be nearer than the one that is stored
+        nearest = distances(teacher, encode_codes(teacher, statistics), statistics)
+        found = distances(teacher, stored["tokens"], statistics)
+        comparison.add(found, np.zeros_like(found), nearest, scale=teacher)
+        return
     bound: Floats | float
     if statistics is None:
         bound = _rounding(teacher, stored["tokens"])
     else:
-        bound = largest_errors(teacher, stored, statistics, rounding)
+        bound = token_steps(stored["token_scales"], statistics) * np.float32(STEP_ERROR[rounding])
     comparison.add(decode_tokens(stored, statistics), teacher, bound)
 
 

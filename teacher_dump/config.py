@@ -20,12 +20,12 @@ OptionalInts = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ..."
 Place = Annotated[str | Path, tyro.conf.arg(metavar="PATH")]
 StorePlace = Annotated[str | Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
 NewStorePlace = Annotated[str | Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-PresetName = Literal["standard", "compact", "full"]
+PresetName = Literal["compact", "half", "full"]
 Config = TypeVar("Config")
 
 PRESETS: dict[PresetName, CodecInfo] = {
-    "standard": CodecInfo("fp16", 1.0),
-    "compact": CodecInfo("int2", 0.57, queries=False, logits="uint8"),
+    "compact": CodecInfo("pq8", 1.0, queries=False, logits="uint8"),
+    "half": CodecInfo("fp16", 1.0),
     "full": CodecInfo("fp32", 1.0, neck=True),
 }
 
@@ -81,15 +81,15 @@ class StoreOptions:
 
     out: Place = "store.zarr"
     """The store to write. An unfinished one of the same configuration is completed."""
-    preset: PresetName = "standard"
-    """What the following are unless they are given. standard: fp16, all tokens. compact: int2, 57% of the tokens, uint8
-    logits, no queries: a tenth of the bytes (docs/fidelity.md). full: fp32, all tokens and the neck's features,
-    lossless and for every loss."""
-    tokens: Annotated[TokenCodec | None, tyro.conf.arg(metavar="{fp32,fp16,int8,int4,int2}", help_behavior_hint="")] = (
-        None
-    )
-    """How token features are stored: fp32 is lossless, int8 takes half of fp16's bytes, int4 little over a quarter,
-    int2 little over an eighth."""
+    preset: PresetName = "compact"
+    """What the following are unless they are given. compact: pq8, all tokens, uint8 logits, no queries: a twelfth of
+    half's bytes (docs/fidelity.md). half: fp16, everything but the neck. full: fp32, the neck's features too, lossless
+    and for every loss."""
+    tokens: Annotated[
+        TokenCodec | None, tyro.conf.arg(metavar="{fp32,fp16,int8,int4,pq4,pq8}", help_behavior_hint="")
+    ] = None
+    """How token features are stored: fp32 is lossless, int8 takes half of fp16's bytes, int4 little over a quarter, pq4
+    an eighth and pq8 a sixteenth: bytes of product quantisation, one for 4 or 8 numbers."""
     rounding: Rounding = "nearest"
     """Of int8 and int4: nearest has the smaller error, stochastic none on average."""
     keep_tokens: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
@@ -117,12 +117,12 @@ class StoreOptions:
 
 
 def rounding_of(tokens: TokenCodec, wanted: Rounding) -> Rounding:
-    """Floats are rounded to nearest whatever is wanted, so that equal stores have equal manifests.
+    """Only int8 and int4 are rounded in more than one way; of the others equal stores have equal manifests.
 
-    UserError for int2, which cannot be rounded stochastically: its four values do not reach a token's extremes.
+    UserError for product quantisation, which has no two centroids to choose between on average.
     """
-    if tokens == "int2" and wanted == "stochastic":
-        raise UserError("expected --rounding nearest with int2, found stochastic; use int4 for that")
+    if tokens in ("pq4", "pq8") and wanted == "stochastic":
+        raise UserError(f"expected --rounding nearest with {tokens}, found stochastic; use int4 for that")
     return wanted if tokens in ("int8", "int4") else "nearest"
 
 

@@ -7,9 +7,9 @@ interrupted dump, run again, skips the shards that are there and ends with the s
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -21,16 +21,23 @@ from common.ahead import map_ahead
 from common.cache.members import create_group
 from common.cache.plan import store_bytes
 from common.cache.storage import Location
-from common.cache.writer import Record
 from common.coco import Annotations, check_images, load_annotations
 from common.runtime import BAR_INTERVAL_S, Ranks, choose_device, log, read_ranks
 from common.subset import take_subset
 from teacher_dump.config import DumpConfig
-from teacher_dump.encode import CALIBRATION_SAMPLES, calibrate, encode_records, read_statistics, run_teacher
+from teacher_dump.encode import (
+    Calibration,
+    calibrate,
+    calibration_rows,
+    calibrations,
+    encode_records,
+    read_statistics,
+    run_teacher,
+)
 from teacher_dump.job import Job, batches, load_sample, prepare
 from teacher_dump.score import score_store
 from teacher_dump.several import one_by_one
-from teacher_dump.store import missing_shards, shard_rows, writable_store, write_errors, write_shards
+from teacher_dump.store import Batches, missing_shards, shard_rows, writable_store, write_errors, write_shards
 from teacher_dump.teachers import load_teacher
 
 
@@ -99,12 +106,12 @@ def write_missing(job: Job, out: Location, workers: int, skip_broken: bool, rank
                 pool, lambda row: load_sample(job, row, skip_broken), rows, ahead=2 * manifest.batch_size
             )
 
-            def batches_of(shard: int) -> Iterator[tuple[list[Record], list[int]]]:
+            def batches_of(shard: int) -> Batches:
                 for batch in batches(islice(samples, len(shard_rows(shard, manifest.layout))), manifest.batch_size):
                     blank = [sample for sample in batch if sample.image is None]
                     broken.update(dict.fromkeys(sample.broken for sample in blank))
-                    records = encode_records(job, batch, run_teacher(job, batch), statistics)
-                    yield records, [sample.row for sample in blank]
+                    answers = run_teacher(job, batch)
+                    yield partial(encode_records, job, batch, answers, statistics), [sample.row for sample in blank]
                     bar.set_postfix_str(f"{(bar.n + len(batch)) * record_bytes / 1e9:.3g} GB", refresh=False)
                     bar.update(len(batch))
 
@@ -113,15 +120,17 @@ def write_missing(job: Job, out: Location, workers: int, skip_broken: bool, rank
 
 
 def _constants(job: Job) -> dict[str, npt.NDArray[np.float32]]:
-    """What the store has once: the teacher's constants, and the channels' statistics from the plan's first samples.
+    """What the store has once: the teacher's constants, and channel statistics or codebooks from some of its samples.
 
     Computed when a store is created and read from it ever after, so every rank and every rerun has the same.
     """
     constants = dict(job.teacher.constants)
-    if job.manifest.codec.quantised:
-        rows = range(min(CALIBRATION_SAMPLES, len(job.plan.table)))
-        samples = [load_sample(job, row, skip_broken=True) for row in rows]
-        found = [answer for batch in batches(samples, job.manifest.batch_size) for answer in run_teacher(job, batch)]
-        necks = [answer["neck"] for answer in found if "neck" in answer]
-        constants |= calibrate(job.manifest, [answer["memory"] for answer in found], necks)
+    codec = job.manifest.codec
+    if codec.quantised or codec.components:
+        samples: list[Calibration] = []
+        chosen = calibration_rows(len(job.plan.table), job.manifest.batch_size)
+        for rows in tqdm(chosen, desc="calibration", unit=" batches", mininterval=BAR_INTERVAL_S):
+            loaded = [load_sample(job, row, skip_broken=True) for row in rows]
+            samples += calibrations(job.manifest, loaded, run_teacher(job, loaded))
+        constants |= calibrate(job.manifest, samples)
     return constants

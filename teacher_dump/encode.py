@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.cache.codec import ChannelStatistics, Stored, encode_logits, encode_tokens, measure_channels
+from common.cache.codec import ChannelStatistics, Decoding, Stored, encode_logits, encode_tokens, measure_channels
+from common.cache.product import Codebooks, train_codebooks
 from common.cache.reader import read_constants
 from common.cache.sampling import draw_tokens
 from common.cache.schema import Manifest
@@ -23,15 +25,26 @@ from teacher_dump.job import Job, Sample
 Floats = npt.NDArray[np.float32]
 
 NECK_FIELDS = {"tokens": "neck", "token_scales": "neck_scales"}
-CALIBRATION_SAMPLES = 16  # of the plan's first samples, for the spread of the channels
+CALIBRATION_SAMPLES = 64  # of the plan's, evenly spread over it, that channel statistics and codebooks come from
+CALIBRATION_TOKENS = 512  # of each, at most
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """The channel statistics that a store's features are encoded with; None for what is not quantised or not stored."""
+    """What a store's features are encoded with; None for floats and for what is not stored."""
 
-    tokens: ChannelStatistics | None = None
-    neck: ChannelStatistics | None = None
+    tokens: Decoding | None = None
+    neck: Decoding | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Some tokens (N, C) of one sample, and what each counts (N,); the same of its neck, if that is stored."""
+
+    tokens: Floats
+    weights: Floats
+    neck: Floats | None = None
+    neck_weights: Floats | None = None
 
 
 def encode_records(
@@ -115,34 +128,96 @@ def encode_neck(manifest: Manifest, image_id: int, view: int, neck: Floats, stat
     return {NECK_FIELDS[name]: value for name, value in encoded.items()}
 
 
+def stored_tokens(record: Record) -> Stored:
+    """The fields that `encode_tokens` gave."""
+    return {name: record[name] for name in ("tokens", "token_scales") if name in record}
+
+
 def stored_neck(record: Record) -> Stored:
     """The fields that `encode_neck` gave, under the names that `decode_tokens` knows."""
     return {name: record[neck] for name, neck in NECK_FIELDS.items() if neck in record}
 
 
-def calibrate(manifest: Manifest, memories: Sequence[Floats], necks: Sequence[Floats] = ()) -> dict[str, Floats]:
-    """The store's channel statistics, where its codec needs them, from all tokens of CALIBRATION_SAMPLES samples."""
-    if not manifest.codec.quantised:
+def calibration_rows(samples: int, batch_size: int) -> list[range]:
+    """The batches of a dump of so many samples whose tokens are looked at before any is encoded."""
+    starts = np.arange(0, samples, batch_size)
+    wanted = min(len(starts), -(-CALIBRATION_SAMPLES // batch_size))
+    chosen = starts[np.linspace(0, len(starts) - 1, wanted).astype(int)].tolist()
+    return [range(start, min(start + batch_size, samples)) for start in chosen]
+
+
+def calibration_of(
+    key: tuple[int, int, int],
+    tokens: Floats,
+    weights: Floats,
+    neck: Floats | None = None,
+    neck_weights: Floats | None = None,
+) -> Calibration:
+    """CALIBRATION_TOKENS of a sample's tokens (T, C), drawn by their weights (T,). key: (seed, image id, view)."""
+    kept = min(CALIBRATION_TOKENS, len(tokens))
+    drawn, counts = draw_tokens(weights, kept, key)
+    found = Calibration(tokens[drawn], counts)
+    if neck is None or neck_weights is None:
+        return found
+    drawn, counts = draw_tokens(neck_weights, kept, key)
+    return replace(found, neck=neck[drawn], neck_weights=counts)
+
+
+def calibrations(manifest: Manifest, samples: Sequence[Sample], answers: Sequence[Record]) -> list[Calibration]:
+    """Of the samples that have an image, from the answers of `run_teacher`."""
+    whole = [sample for sample in samples if sample.image is not None]
+    return [
+        calibration_of(
+            (manifest.views.seed, sample.image_id, sample.view),
+            *(answer[name] for name in ("memory", "weights", "neck", "neck_weights") if name in answer),
+        )
+        for sample, answer in zip(whole, answers, strict=True)
+    ]
+
+
+def calibrate(manifest: Manifest, samples: Sequence[Calibration]) -> dict[str, Floats]:
+    """The channel statistics or codebooks that the store's codec needs, as constants of the store.
+
+    UserError without any sample.
+    """
+    codec = manifest.codec
+    if not (codec.quantised or codec.components):
         return {}
-    if not memories:
-        raise UserError(f"none of the first {CALIBRATION_SAMPLES} images could be decoded; check the image folder")
-    constants: dict[str, Floats] = dict(vars(measure_channels(np.concatenate(list(memories)))))
-    if manifest.codec.neck:
-        measured = vars(measure_channels(np.concatenate(list(necks))))
-        constants |= {f"neck_{name}": value for name, value in measured.items()}
+    if not samples:
+        raise UserError(f"none of {CALIBRATION_SAMPLES} images could be decoded; check the image folder")
+
+    def measured(tokens: Sequence[Floats], weights: Sequence[Floats]) -> dict[str, Floats]:
+        every = np.concatenate(tokens)
+        if codec.components:
+            return vars(train_codebooks(every, np.concatenate(weights), codec.components))
+        return vars(measure_channels(every))
+
+    constants = measured([sample.tokens for sample in samples], [sample.weights for sample in samples])
+    if codec.neck:
+        necks = [(s.neck, s.neck_weights) for s in samples if s.neck is not None and s.neck_weights is not None]
+        of_neck = measured(*zip(*necks, strict=True))
+        constants = constants | {f"neck_{name}": value for name, value in of_neck.items()}
     return constants
 
 
+Kind = TypeVar("Kind", ChannelStatistics, Codebooks)
+
+
 def statistics_of(constants: dict[str, Floats]) -> Statistics:
-    """The channel statistics among a store's constants."""
+    """What features are encoded with, among a store's constants."""
 
-    def measured(prefix: str) -> ChannelStatistics | None:
-        scale, shift = constants.get(f"{prefix}channel_scale"), constants.get(f"{prefix}channel_shift")
-        return None if scale is None or shift is None else ChannelStatistics(scale, shift)
+    def found(kind: type[Kind], prefix: str) -> Kind | None:
+        names = [field.name for field in fields(kind)]
+        if any(prefix + name not in constants for name in names):
+            return None
+        return kind(**{name: constants[prefix + name] for name in names})
 
-    return Statistics(measured(""), measured("neck_"))
+    def either(prefix: str) -> Decoding | None:
+        return found(ChannelStatistics, prefix) or found(Codebooks, prefix)
+
+    return Statistics(either(""), either("neck_"))
 
 
 def read_statistics(store: Location) -> Statistics:
-    """The channel statistics that the features of a store are encoded with, if they are."""
+    """What the features of a store are encoded with."""
     return statistics_of({name: value.numpy() for name, value in read_constants(store).items()})

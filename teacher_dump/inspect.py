@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from common.augment import AugmentPolicy
 from common.cache.codec import SCORE_ERROR, STEP_ERROR
@@ -73,7 +75,7 @@ def describe(reader: CacheReader) -> list[str]:
                     f"{tokens.mean():.0f} a sample ({tokens.min()} to {tokens.max()}),"
                     f" {samples.token_count.sum() / tokens.sum():.1%} kept as {manifest.codec.tokens}",
                 ),
-                ("fidelity", fidelity(manifest)),
+                ("fidelity", fidelity(manifest, reader.constants)),
                 (
                     "layout",
                     f"{layout.shard_samples} samples a shard ({size(total_bytes / layout.shards)}), pages of"
@@ -87,13 +89,16 @@ def describe(reader: CacheReader) -> list[str]:
     ]
 
 
-def fidelity(manifest: Manifest) -> str:
+def fidelity(manifest: Manifest, constants: Mapping[str, Tensor]) -> str:
     """What storing may have changed, at most."""
     codec = manifest.codec
     floats = [*(["queries"] if codec.queries else []), *(["logits"] if codec.logits == "float" else [])]
     found = []
-    if codec.tokens == "int2":
-        found.append("tokens within 1 step (token scale x channel scale), cut off at 3")
+    if codec.components:
+        found.append(
+            f"tokens as the nearest of 256 centroids for each {codec.components} of their components, without"
+            f" {constants['codebook_error'].item():.2%} of their variance"
+        )
     elif codec.quantised:
         how = "to nearest" if codec.rounding == "nearest" else "stochastically: right on average"
         found.append(

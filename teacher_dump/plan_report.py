@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.runtime import choose_device
 from common.subset import take_subset
 from teacher_dump.config import DumpConfig, PlanConfig
-from teacher_dump.encode import Statistics, calibrate, encode_records, run_teacher, statistics_of
+from teacher_dump.encode import Statistics, calibrate, calibrations, encode_records, run_teacher, statistics_of
 from teacher_dump.job import Job, load_sample, prepare
 from teacher_dump.several import one_by_one
 from teacher_dump.tables import duration, facts, size, table
@@ -72,8 +72,7 @@ def measure(job: Job, batches: int) -> Costs:
         answers = run_teacher(job, samples)
         marks_s.append(time.perf_counter())
         if statistics.tokens is None:
-            necks = [answer["neck"] for answer in answers if "neck" in answer]
-            statistics = statistics_of(calibrate(job.manifest, [answer["memory"] for answer in answers], necks))
+            statistics = statistics_of(calibrate(job.manifest, calibrations(job.manifest, samples, answers)))
         encode_records(job, samples, answers, statistics)
         marks_s.append(time.perf_counter())
         times_s.append(np.diff(marks_s) / len(samples))

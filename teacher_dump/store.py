@@ -31,7 +31,8 @@ from common.runtime import Ranks, log
 PATIENCE = timedelta(days=30)  # torch's own, half an hour, is less than ranks may differ by
 
 Constants = Mapping[str, npt.NDArray[np.float32]]
-Batches = Iterable[tuple[Sequence[Record], Sequence[int]]]  # records, and which rows of the store are blank among them
+# What makes the next records, to be called in the thread that writes them, and which rows of the store are blank there.
+Batches = Iterable[tuple[Callable[[], Sequence[Record]], Sequence[int]]]
 
 
 @contextmanager
@@ -66,23 +67,27 @@ def writable_store(
 def write_shards(
     out: Location, manifest: Manifest, shards: Iterable[int], batches_of: Callable[[int], Batches]
 ) -> None:
-    """Write these shards from the batches that `batches_of` gives for each, in a thread beside it.
+    """Write these shards from the batches that `batches_of` gives for each, encoded and written in a thread beside it.
 
-    At most two batches wait for the disk. Whatever goes wrong, finished shards stay and the one in progress vanishes.
+    At most two batches wait for it. Whatever goes wrong, finished shards stay and the one in progress vanishes.
     """
     with write_errors(out), WriteBehind() as behind:
         for shard in shards:
             writer = ShardWriter(out, manifest, shard)
             skipped: list[int] = []
             try:
-                for records, blank_rows in batches_of(shard):
-                    behind(writer.add, records)
+                for make_records, blank_rows in batches_of(shard):
+                    behind(_add, writer, make_records)
                     skipped += blank_rows
                 behind(writer.commit, skipped)
             except BaseException:
                 behind.wait()
                 writer.discard()
                 raise
+
+
+def _add(writer: ShardWriter, make_records: Callable[[], Sequence[Record]]) -> None:
+    writer.add(make_records())
 
 
 def shard_rows(shard: int, layout: Layout) -> range:
@@ -192,5 +197,5 @@ def _check_room(storage: Storage, needed_bytes: int) -> None:
     if free is not None and needed_bytes > free:
         raise UserError(
             f"{storage} needs {needed_bytes / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free; free some, name"
-            " another --out, or store less (--tokens int8, --keep-tokens 0.25, fewer --views)"
+            " another --out, or store less (fewer --views, --keep-tokens 0.5)"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from tqdm import tqdm
@@ -19,7 +20,17 @@ from common.cache.writer import SKIPPED, Record, blank_record, read_skipped, sha
 from common.errors import UserError
 from common.runtime import BAR_INTERVAL_S, Ranks, log
 from teacher_dump.config import PruneConfig, TranscodeConfig, rounding_of
-from teacher_dump.encode import CALIBRATION_SAMPLES, Statistics, calibrate, encode_neck, read_statistics, stored_neck
+from teacher_dump.encode import (
+    Statistics,
+    calibrate,
+    calibration_of,
+    calibration_rows,
+    encode_neck,
+    read_statistics,
+    statistics_of,
+    stored_neck,
+    stored_tokens,
+)
 from teacher_dump.job import batches
 from teacher_dump.records import stored_records
 from teacher_dump.store import (
@@ -34,7 +45,7 @@ from teacher_dump.store import (
 from teacher_dump.tables import size
 
 ROWS_AT_ONCE = 8
-TOKEN_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.5, "int2": 0.25}
+TOKEN_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.5, "pq4": 0.25, "pq8": 0.125}
 
 
 def run_transcode(config: TranscodeConfig) -> None:
@@ -61,15 +72,17 @@ def run_transcode(config: TranscodeConfig) -> None:
         left = sum(len(shard_rows(shard, manifest.layout)) for shard in shards)
         with tqdm(total=left, unit=" samples", desc="transcode", mininterval=BAR_INTERVAL_S) as bar:
 
+            def encoded(rows: list[int]) -> list[Record]:
+                return [
+                    blank_record(manifest, int(plan.table.token_count[row]))
+                    if row in blank
+                    else _transcode(record, row, source.manifest, manifest, plan, statistics, new_statistics)
+                    for row, record in zip(rows, stored_records(source, rows), strict=True)
+                ]
+
             def batches_of(shard: int) -> Batches:
                 for rows in batches(shard_rows(shard, manifest.layout), ROWS_AT_ONCE):
-                    records = [
-                        blank_record(manifest, int(plan.table.token_count[row]))
-                        if row in blank
-                        else _transcode(record, row, source.manifest, manifest, plan, statistics, new_statistics)
-                        for row, record in zip(rows, stored_records(source, rows), strict=True)
-                    ]
-                    yield records, [row for row in rows if row in blank]
+                    yield partial(encoded, rows), [row for row in rows if row in blank]
                     bar.update(len(rows))
 
             write_shards(config.out, manifest, shards, batches_of)
@@ -102,7 +115,7 @@ def run_prune(config: PruneConfig) -> None:
 
     def batches_of(shard: int) -> Batches:
         for rows in batches(shard_rows(shard, layout), ROWS_AT_ONCE):
-            yield stored_records(source, rows), [row for row in rows if row in blank]
+            yield partial(stored_records, source, rows), [row for row in rows if row in blank]
 
     with writable_store(config.out, manifest, plan, lambda: constants, Ranks(), needs_room=False):
         for shard in missing_shards(config.out, manifest, Ranks()):
@@ -163,15 +176,22 @@ def _target(source: CacheReader, config: TranscodeConfig) -> tuple[Manifest, Pla
 
 
 def _constants(source: CacheReader, manifest: Manifest, blank: set[int]) -> Constants:
-    """The source's constants; with channel statistics of its first samples where its tokens were not quantised."""
+    """The source's constants; where the new codec needs others, with what a dump would have found."""
     constants = {name: value.numpy() for name, value in source.constants.items()}
-    if manifest.codec.quantised and not source.manifest.codec.quantised:
-        rows = [row for row in range(min(CALIBRATION_SAMPLES, len(source.table))) if row not in blank]
-        records = stored_records(source, rows)
-        memories = [decode_tokens({"tokens": record["tokens"]}, None) for record in records]
-        necks = [decode_tokens(stored_neck(record), None) for record in records] if manifest.codec.neck else []
-        constants |= calibrate(manifest, memories, necks)
-    return constants
+    here, there = manifest.codec, source.manifest.codec
+    if (here.quantised, here.components) == (there.quantised, there.components):
+        return constants
+    statistics, table, samples = statistics_of(constants), source.table, []
+    for rows in calibration_rows(len(table), manifest.batch_size):
+        whole = [row for row in rows if row not in blank]
+        for row, record in zip(whole, stored_records(source, whole), strict=True):
+            key = (manifest.views.seed, int(table.image_id[row]), int(table.view[row]))
+            features = [decode_tokens(stored_tokens(record), statistics.tokens), record["token_weights"]]
+            if here.neck:
+                features += [decode_tokens(stored_neck(record), statistics.neck), record["neck_weights"]]
+            samples.append(calibration_of(key, *features))
+    kept = {name: value for name, value in constants.items() if name == "query_embeddings"}
+    return kept | calibrate(manifest, samples)
 
 
 def _transcode(
@@ -186,7 +206,7 @@ def _transcode(
     """One record with the tokens that the new store keeps, in its codec. What is stored alike is taken as it is."""
     if there.codec == here.codec:
         return record
-    tokens = {name: record[name] for name in ("tokens", "token_scales") if name in record}
+    tokens = stored_tokens(record)
     kept: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]
     if there.codec.keep_tokens == here.codec.keep_tokens:
         kept = {name: record[name] for name in ("token_positions", "token_weights") if name in record}

@@ -59,7 +59,7 @@ class Arm:
 
     name: str
     losses: DistillationOptions
-    store: str = "standard"
+    store: str = "half"
 
 
 def losses(logits: float = 0, features: float = 0, assignment: float = 0) -> DistillationOptions:
@@ -82,15 +82,17 @@ ARMS = (
 )
 CACHES = (
     Arm("all, compact store", losses(L, F, A), "compact"),
+    Arm("all, a quarter of the tokens", losses(L, F, A), "quarter"),
     Arm("all, one view", losses(L, F, A), "one_view"),
 )
 """What a smaller cache costs, beside "all"; from the first START."""
 
 # Options of `teacher_dump` for each store.
 STORES = {
-    "standard": ("--views", str(VIEWS), "--neck"),
-    "compact": ("--views", str(VIEWS), "--preset", "compact"),
-    "one_view": ("--views", "1"),
+    "half": ("--views", str(VIEWS), "--preset", "half", "--neck"),
+    "compact": ("--views", str(VIEWS)),
+    "quarter": ("--views", str(VIEWS), "--preset", "half", "--keep-tokens", "0.25"),
+    "one_view": ("--views", "1", "--preset", "half"),
 }
 
 

@@ -12,8 +12,9 @@ import numpy.typing as npt
 import pytest
 from dump_cases import command, draw_scenes, dump
 
-from common.cache.codec import ChannelStatistics, decode_logits, decode_tokens
+from common.cache.codec import decode_logits, decode_tokens
 from common.cache.reader import CacheReader
+from teacher_dump.encode import read_statistics
 
 Array = npt.NDArray[Any]
 
@@ -85,7 +86,8 @@ def rows_of_sample(store: Path, name: str, i: int) -> Array:
         ("--tokens", "int8", "--keep-tokens", "0.4"),
         ("--tokens", "int4", "--neck"),
         ("--tokens", "fp32"),
-        ("--tokens", "int2", "--neck", "--logits", "uint8"),
+        ("--tokens", "pq8", "--neck", "--logits", "uint8"),
+        ("--tokens", "pq4", "--keep-tokens", "0.4"),
     ],
     ids=" ".join,
 )
@@ -110,28 +112,41 @@ def test_reader_from_the_specification(tmp_path: Path, options: tuple[str, ...])
             np.testing.assert_array_equal(
                 ours if field.per == "token" else ours[0], theirs if field.per == "token" else theirs[0]
             )
-        if reader.manifest.codec.quantised:
-            stored = {name: getattr(batch, name).numpy() for name in ("tokens", "token_scales")}
-            statistics = ChannelStatistics(
-                *(small_array(store, f"teacher/channel_{name}") for name in ("scale", "shift"))
-            )
-            np.testing.assert_allclose(decoded(store, row), decode_tokens(stored, statistics), rtol=1e-6, atol=1e-6)
+        codec = reader.manifest.codec
+        if codec.quantised or codec.components:
+            stored = {
+                name: rows_of_sample(store, name, row)
+                for name in ("tokens", "token_scales")
+                if name == "tokens" or codec.quantised
+            }
+            expected = decode_tokens(stored, read_statistics(store).tokens)
+            np.testing.assert_allclose(decoded(store, row), expected, rtol=1e-5, atol=1e-5)
         if reader.manifest.codec.logits == "uint8":
             codes = rows_of_sample(store, "logits", row).astype(np.float64).clip(0.25, 254.75)
             np.testing.assert_allclose(2 * np.log(np.tan(codes * np.pi / 510)), decode_logits(batch.logits), rtol=1e-5)
 
 
 def decoded(store: Path, i: int) -> Array:
-    """int8, int4 or int2 tokens of a sample, value by value."""
-    q, scales = (rows_of_sample(store, name, i) for name in ("tokens", "token_scales"))
+    """Tokens of a sample, value by value: int8, int4, or codes of product quantisation."""
+    q = rows_of_sample(store, "tokens", i)
+    if (store / "teacher" / "codebooks").exists():
+        codebooks, rotation = (
+            small_array(store, f"teacher/{name}").astype(np.float64) for name in ("codebooks", "rotation")
+        )
+        groups, _, d = codebooks.shape
+        values = np.zeros((len(q), groups * d))
+        for token in range(len(q)):
+            for m in range(groups):
+                for j in range(d):
+                    values[token] += codebooks[m, q[token, m], j] * rotation[:, m * d + j]
+        return values
+    scales = rows_of_sample(store, "token_scales", i)
     channel_scale, channel_shift = (small_array(store, f"teacher/channel_{name}") for name in ("scale", "shift"))
     channels = len(channel_scale)
-    values = np.zeros((len(q), channels), np.float32)
+    values = np.zeros((len(q), channels))
     for token in range(len(q)):
         for c in range(channels):
-            if q.shape[1] * 4 == channels:
-                number = 2 * (int(q[token, c // 4]) >> (2 * (c % 4)) & 3) - 3
-            elif q.shape[1] * 2 == channels:
+            if q.shape[1] * 2 == channels:
                 number = int(q[token, c // 2]) >> (4 * (c % 2)) & 15
                 number -= 16 if number > 7 else 0
             else:

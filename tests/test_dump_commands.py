@@ -13,7 +13,7 @@ from PIL import Image
 
 from common.cache.reader import CacheReader
 
-LOSSLESS = ("--tokens", "fp32", "--views", "2")
+LOSSLESS = ("--preset", "half", "--tokens", "fp32", "--views", "2")
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_verify_against_teacher(
         assert command("inspect", tiny) == 0
         assert {"nearest": "0.501 steps", "stochastic": "1 steps"}[rounding] in capsys.readouterr().out
     two = tmp_path / "two.zarr"
-    assert command("transcode", lossless, two, "--tokens", "int2", "--logits", "uint8", "--keep-tokens", "0.6") == 0
+    assert command("transcode", lossless, two, "--tokens", "pq8", "--logits", "uint8", "--keep-tokens", "0.6") == 0
     assert command("verify", two, *options) == 0
     assert command("inspect", two) == 0
     assert "scores within 0.0031" in capsys.readouterr().out
@@ -169,7 +169,8 @@ def test_verify_against_teacher(
     [
         ("--tokens", "int8", "--keep-tokens", "0.3"),
         ("--tokens", "int4", "--keep-tokens", "0.5", "--rounding", "stochastic"),
-        ("--tokens", "int2", "--keep-tokens", "0.6", "--logits", "uint8"),
+        ("--tokens", "pq8", "--keep-tokens", "0.6", "--logits", "uint8"),
+        ("--tokens", "pq4"),
         ("--tokens", "fp16"),
         ("--keep-tokens", "0.5"),
         ("--views", "1"),
@@ -212,7 +213,7 @@ def test_transcode_of_sampled_and_rounded_stores(
         (int8, ("--tokens", "fp16")),
         (int8, ("--views", "3")),
         (eight, ("--logits", "float")),
-        (lossless, ("--rounding", "stochastic", "--tokens", "int2")),
+        (lossless, ("--rounding", "stochastic", "--tokens", "pq8")),
     ):
         assert command("transcode", source, tmp_path / "no.zarr", *more) == 2
         assert more[0] in capsys.readouterr().err

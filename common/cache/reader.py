@@ -303,10 +303,14 @@ class CacheReader:
             quality=read["quality"],
             assignment=buffers.tensor("assignment as int64", tuple(read["assignment"].shape), "int64"),
             level_strides=strides,
+            codebooks=self.constants.get("codebooks"),
+            rotation=self.constants.get("rotation"),
             neck=read.get("neck"),
             neck_scales=read.get("neck_scales"),
             neck_channel_scale=self.constants.get("neck_channel_scale"),
             neck_channel_shift=self.constants.get("neck_channel_shift"),
+            neck_codebooks=self.constants.get("neck_codebooks"),
+            neck_rotation=self.constants.get("neck_rotation"),
             neck_weights=read.get("neck_weights"),
         )
 

@@ -23,10 +23,10 @@ CHECKSUM_BYTES = 4  # crc32c after every page and after the index
 INDEX_ENTRY_BYTES = 16  # offset and length of one page, as uint64
 MISSING = 2**64 - 1  # offset and length of a page that a shard does not hold
 
-TokenCodec = Literal["fp32", "fp16", "int8", "int4", "int2"]
+TokenCodec = Literal["fp32", "fp16", "int8", "int4", "pq4", "pq8"]
 LogitsCodec = Literal["float", "uint8"]
 Rounding = Literal["nearest", "stochastic"]
-GROUP = 64  # channels that share a scale of int4 or int2, at most: groups of 32 take 6% more bytes for 7% less error
+GROUP = 64  # channels that share a scale of int4, at most: groups of 32 take 6% more bytes for 7% less error
 
 
 @dataclass(frozen=True)
@@ -137,23 +137,28 @@ class CodecInfo:
 
     @property
     def quantised(self) -> bool:
-        return self.tokens in ("int8", "int4", "int2")
+        """As int8 or int4, with scales."""
+        return self.tokens in ("int8", "int4")
 
     @property
-    def packed(self) -> int:
-        """Channels in one element of the stored tokens."""
-        return {"int4": 2, "int2": 4}.get(self.tokens, 1)
+    def components(self) -> int:
+        """Numbers in a byte of product quantisation; 0 where tokens are stored otherwise."""
+        return {"pq4": 4, "pq8": 8}.get(self.tokens, 0)
+
+    def width(self, channels: int) -> int:
+        """Elements of a stored token of so many channels. UserError where these do not fill whole bytes."""
+        packed = 2 if self.tokens == "int4" else self.components or 1
+        if channels % packed:
+            raise UserError(
+                f"expected features whose channels are a multiple of {packed} for {self.tokens}, found {channels};"
+                " use --tokens int8"
+            )
+        return channels // packed
 
     def scales(self, channels: int) -> int:
-        """Scales of a token of so many channels: one for int8, one a group for int4 and int2.
-
-        UserError where channels do not fill whole bytes.
-        """
+        """Scales of a token of so many channels: one for int8, one a group for int4."""
         if self.tokens == "int8":
             return 1
-        if channels % self.packed:
-            number = "an even number" if self.packed == 2 else "a multiple of four"
-            raise UserError(f"expected features of {number} of channels for {self.tokens}, found {channels}; use int8")
         return next(groups for groups in range(-(-channels // GROUP), channels + 1) if channels % groups == 0)
 
 
@@ -202,8 +207,8 @@ class Manifest:
     def _features(self, name: str, scales: str) -> list[Field]:
         """The fields of features in the store's codec."""
         codec, channels = self.codec, self.teacher.channels
-        dtype = {"fp32": "float32", "fp16": "float16", "int8": "int8", "int4": "uint8", "int2": "uint8"}[codec.tokens]
-        values = Field(name, "token", (channels // codec.packed,), dtype)
+        dtype = {"fp32": "float32", "fp16": "float16", "int8": "int8"}.get(codec.tokens, "uint8")
+        values = Field(name, "token", (codec.width(channels),), dtype)
         return [values, Field(scales, "token", (codec.scales(channels),), "float16")] if codec.quantised else [values]
 
     def row_bytes(self, per: Literal["sample", "token"]) -> int:

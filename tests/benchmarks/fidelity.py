@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from common.augment import policy_of_sizes
-from common.cache.codec import ChannelStatistics, encode_logits, encode_tokens, measure_channels
+from common.cache.codec import Decoding, encode_logits, encode_tokens, measure_channels
+from common.cache.product import train_codebooks
 from common.cache.reader import CacheReader
 from common.cache.sampling import draw_tokens
 from common.cache.schema import (
@@ -49,12 +50,15 @@ from student_train.prepare import prepare_data, prepare_student
 from student_train.teachers import Lesson
 from teacher_dump import config as dumping
 from teacher_dump.dump import run_dump
+from teacher_dump.encode import CALIBRATION_SAMPLES, calibration_of
 
 Floats = npt.NDArray[np.float32]
+Constants = dict[int, Decoding]
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 BATCH = 16
+CALIBRATION_SHARE = 3  # one image in so many is for channel statistics and codebooks alone
 COCO = {"tokens": 12_100, "classes": 80}  # of a sample of Deformable DETR's 11 scales
 
 
@@ -73,26 +77,23 @@ class Setting:
 
 @dataclass(frozen=True)
 class Stored:
-    """How tokens and logits are stored. one_bit: a bit for each value, with int2's scales, which no store can hold."""
+    """How tokens and logits are stored."""
 
     keep: float
     codec: TokenCodec
     rounding: Rounding = "nearest"
     logits: LogitsCodec = "float"
-    one_bit: bool = False
 
     @property
     def name(self) -> str:
         stochastic = " stochastic" if self.rounding == "stochastic" else ""
         logits = ", logits uint8" if self.logits == "uint8" else ""
-        return f"{'1 bit, simulated' if self.one_bit else self.codec}{stochastic}{logits}"
+        return f"{self.codec}{stochastic}{logits}"
 
     def bytes(self, teacher: TeacherInfo, classes: int, tokens: int) -> float:
         """A sample's bytes in all fields but the queries, which none of the losses here reads."""
         codec = CodecInfo(self.codec, self.keep, rounding=self.rounding, queries=False, logits=self.logits)
         token_bytes, sample_bytes = row_bytes(codec, teacher, classes)
-        if self.one_bit:
-            token_bytes -= teacher.channels // 8
         return self.keep * tokens * token_bytes + sample_bytes
 
 
@@ -123,53 +124,64 @@ CHOICES = [
     *(Stored(keep, "int4") for keep in (1.0, 0.5, 0.24)),
     *(Stored(keep, "int4", "stochastic") for keep in (1.0, 0.24)),
     *(Stored(keep, "int4", logits="uint8") for keep in (0.32,)),
-    *(Stored(keep, "int2", logits="uint8") for keep in (1.0, 0.8, 0.57, 0.45, 0.35, 0.2)),
-    *(Stored(keep, "int2", logits="uint8", one_bit=True) for keep in (1.0, 0.7)),
+    *(Stored(keep, "pq4", logits="uint8") for keep in (1.0, 0.6)),
+    *(Stored(keep, "pq8", logits="uint8") for keep in (1.0, 0.8, 0.5, 0.25)),
 ]
 
 
-def encoded(exact: CachedBatch, how: Stored, channels: ChannelStatistics, ids: Sequence[int], draw: int) -> CachedBatch:
+def encoded(exact: CachedBatch, how: Stored, found: Constants, ids: Sequence[int], draw: int) -> CachedBatch:
     """The batch as it would come from a store that holds `how`. draw: takes the place of the view in the key."""
+    decoding = None if how.codec in ("fp16", "fp32") else found[CodecInfo(how.codec, 1.0).components]
     parts: list[dict[str, npt.NDArray[np.generic]]] = []
     for index, (first, last) in enumerate(itertools.pairwise(exact.token_offsets.tolist())):
         tokens, weights = exact.tokens[first:last].numpy(), exact.token_weights[first:last].numpy()
         kept = max(1, round(how.keep * len(tokens)))
         positions, kept_weights = draw_tokens(weights, kept, (0, ids[index], draw))
-        part = dict(encode_tokens(tokens[positions], how.codec, channels, how.rounding, (0, ids[index], draw, 0)))
-        if how.one_bit:
-            part = {"tokens": signs(tokens[positions], channels)}
+        part = dict(encode_tokens(tokens[positions], how.codec, decoding, how.rounding, (0, ids[index], draw, 0)))
         parts.append({**part, "positions": positions, "weights": kept_weights})
 
     def joined(name: str) -> Tensor:
         return torch.from_numpy(np.concatenate([part[name] for part in parts]))
 
-    scaled = "token_scales" in parts[0]
+    constants = {} if decoding is None else vars(decoding)
     return replace(
         exact,
         tokens=joined("tokens"),
-        token_scales=joined("token_scales") if scaled else None,
-        channel_scale=torch.from_numpy(channels.channel_scale) if scaled else None,
-        channel_shift=torch.from_numpy(channels.channel_shift) if scaled else None,
+        token_scales=joined("token_scales") if "token_scales" in parts[0] else None,
         token_positions=joined("positions"),
         token_weights=joined("weights"),
         token_offsets=torch.tensor([0, *np.cumsum([len(part["weights"]) for part in parts])]),
+        **{name: torch.from_numpy(value) for name, value in constants.items() if name != "codebook_error"},
     )
 
 
-def signs(tokens: Floats, channels: ChannelStatistics) -> Floats:
-    """Decoded from one bit a value, with the scale of least squares for each group: the mean of the magnitudes."""
-    groups = CodecInfo("int2", 1.0).scales(tokens.shape[1])
-    values = ((tokens - channels.channel_shift) / channels.channel_scale).reshape(len(tokens), groups, -1)
-    levels = np.sign(values) * np.abs(values).mean(axis=2, keepdims=True)
-    decoded: Floats = levels.reshape(tokens.shape) * channels.channel_scale + channels.channel_shift
-    return decoded.astype(np.float32)
+def calibration_images(reader: CacheReader) -> npt.NDArray[np.int64]:
+    """One image in CALIBRATION_SHARE."""
+    return np.unique(reader.table.image_id)[::CALIBRATION_SHARE]
+
+
+def calibration_tokens(reader: CacheReader) -> tuple[Floats, Floats]:
+    """Tokens (N, C) of those images and what they count (N,), drawn as a dump draws them."""
+    rows = np.flatnonzero(np.isin(reader.table.image_id, calibration_images(reader)))
+    chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), CALIBRATION_SAMPLES)).astype(int)]
+    samples = []
+    for row in chosen.tolist():
+        batch = reader.read([row])
+        samples.append(calibration_of((0, row, 0), batch.tokens.numpy(), batch.token_weights.numpy()))
+    return np.concatenate([s.tokens for s in samples]), np.concatenate([s.weights for s in samples])
+
+
+def calibrated(reader: CacheReader) -> Constants:
+    """Channel statistics and codebooks, by the components in a byte, from images that no gradient is measured on."""
+    tokens, weights = calibration_tokens(reader)
+    return {0: measure_channels(tokens)} | {count: train_codebooks(tokens, weights, count) for count in (4, 8)}
 
 
 def prepare(setting: Setting, store: Path, steps: int) -> tuple[TrainConfig, CacheReader, StudentInTraining]:
     """The exact store, and a student that has learnt from it for so many steps of batches of 16."""
     if not store.exists():
         teacher = dumping.TeacherOptions(setting.teacher, setting.teacher_size, BATCH, "cpu")
-        exact = dumping.StoreOptions(store, tokens="fp32", keep_tokens=1.0)
+        exact = dumping.StoreOptions(store, preset="half", tokens="fp32")
         run_dump(dumping.DumpConfig(setting.data, teacher, exact))
     config = TrainConfig(
         data=DataOptions(
@@ -197,13 +209,18 @@ def prepare(setting: Setting, store: Path, steps: int) -> tuple[TrainConfig, Cac
     return config, data.reader, student
 
 
-def batches(setting: Setting, reader: CacheReader, seed: int = 0) -> Iterator[tuple[Batch, CachedBatch, list[int]]]:
-    """Shuffled batches without end, with exact targets."""
+def batches(
+    setting: Setting, reader: CacheReader, seed: int = 0, *, unseen: bool = False
+) -> Iterator[tuple[Batch, CachedBatch, list[int]]]:
+    """Shuffled batches without end, with exact targets. unseen: of images that `calibrated` has not looked at."""
     annotations = load_annotations(setting.data.data, setting.data.split)
     source = CachedViews(annotations, reader)
     generator = np.random.default_rng(seed)
     for epoch in itertools.count():
         order = generator.permutation(len(source))
+        if unseen:
+            seen = np.isin(reader.table.image_id[source.rows(epoch)], calibration_images(reader))
+            order = order[~seen[order]]
         for first in range(0, len(order) - BATCH + 1, BATCH):
             samples = [source.sample(epoch, int(index)) for index in order[first : first + BATCH]]
             found = [replay(sample, annotations) for sample in samples]
@@ -242,9 +259,11 @@ class Gradients:
 def measure(setting: Setting, folder: Path, steps: int, count: int, draws: int) -> dict[str, dict[str, float]]:
     """Medians over batches and draws for each choice, by name."""
     _, reader, student = prepare(setting, folder, steps)
-    channels = measure_channels(reader.read(range(min(BATCH, len(reader)))).tokens.numpy())
+    constants = calibrated(reader)
     found: dict[Stored, list[tuple[float, ...]]] = {how: [] for how in CHOICES}
-    for number, (batch, exact, ids) in enumerate(itertools.islice(batches(setting, reader, seed=1), count)):
+    for number, (batch, exact, ids) in enumerate(
+        itertools.islice(batches(setting, reader, seed=1, unseen=True), count)
+    ):
         gradients = Gradients(student, student(batch.images, batch.padding_mask), batch, setting.distillation)
         dense, rest = gradients.features(exact), gradients.others(exact)
         stored_logits = {
@@ -261,7 +280,7 @@ def measure(setting: Setting, folder: Path, steps: int, count: int, draws: int) 
         )
         for how in CHOICES:
             for draw in range(1 if how.keep == 1 and how.rounding == "nearest" else draws):
-                estimate = gradients.features(encoded(exact, how, channels, ids, draw))
+                estimate = gradients.features(encoded(exact, how, constants, ids, draw))
                 found[how].append((*errors(estimate, dense), *errors(estimate + others[how.logits], dense + rest)))
     info, tokens = reader.manifest.teacher, float(reader.table.level_shapes.prod(axis=2).sum(axis=1).mean())
     classes, result = reader.manifest.num_classes, {}
@@ -299,7 +318,7 @@ def settings(folder: Path, shared: Path) -> list[Setting]:
         Setting("demo, default weights, from scratch", demo, drawn, DistillationOptions(), False, "val2017"),
     ]
     if (shared / "deimv2_atto").is_dir():
-        real = dumping.DataOptions(shared / "coco_nano", sizes=(192,), workers=1)
+        real = dumping.DataOptions(shared / "coco_nano", views=2, sizes=(192,), workers=1)
         no_queries = DistillationOptions(assignment_weight=0)
         teacher = f"hf:{shared / 'deimv2_atto'}"
         found.append(
@@ -370,7 +389,7 @@ def main() -> None:
         kept = arguments.folder / f"{setting.name}.json"
         if arguments.only in setting.name:
             store = arguments.folder / f"{setting.name.split(',')[0]}.zarr"
-            count = arguments.batches if "demo" in setting.name else 2  # the real images are three batches
+            count = arguments.batches if "demo" in setting.name else 2  # of the real images, one from each view
             kept.write_text(json.dumps(measure(setting, store, arguments.steps, count, arguments.draws), indent=1))
         if kept.exists():
             results[setting.name] = json.loads(kept.read_text())

@@ -1,8 +1,8 @@
 """Ways to lower the gradient's error at equal bytes that were tried: `python -m tests.benchmarks.fidelity_trials`.
 
 Measured as in `fidelity`, for two of its settings, against what stores do now: along which order and with what chances
-tokens are drawn, and whether a token's rounding error is carried on to the next one. Each changes only what is written,
-not how it is read. Writes its table into docs/fidelity.md.
+tokens are drawn, and how many bits and what transform of the channels their values get. Writes its table into
+docs/fidelity.md.
 """
 
 from __future__ import annotations
@@ -20,49 +20,116 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.cache.codec import ChannelStatistics, decode_tokens, encode_tokens, measure_channels, token_steps
+from common.cache.codec import ChannelStatistics, decode_tokens, encode_tokens
+from common.cache.product import (
+    Codebooks,
+    codebooks_of,
+    decode_codes,
+    encode_codes,
+    principal_components,
+    train_codebooks,
+)
 from common.cache.sampling import draw_tokens
 from common.records import CachedBatch
-from tests.benchmarks.fidelity import DOCS, Floats, Gradients, Setting, batches, errors, prepare, settings
+from tests.benchmarks.fidelity import (
+    DOCS,
+    Floats,
+    Gradients,
+    Setting,
+    batches,
+    calibrated,
+    calibration_tokens,
+    errors,
+    prepare,
+    settings,
+)
 
 BEGIN, END = "<!-- trials -->", "<!-- end of trials -->"
-KEEP = 0.57  # of `--preset compact`
+KEEP = 0.5
 CURVE_BITS = 10  # a curve through 1024 x 1024 places
+GROUP = 64  # channels that share a scale
 
 Integers = npt.NDArray[np.intp]
+Coding = Literal["exact", "int4", "2 bits", "1 bit", "channels", "in order", "unweighted", "pq8", "pq4"]
 
 
 @dataclass(frozen=True)
 class Trial:
     """order: in which the systematic draw walks over the tokens: row by row (as now) or along a Hilbert curve, level by
-    level or through all levels at once. chances: what the chance to be kept is
-    proportional to: W (as now), a power of it, or W times how much the token differs from its four neighbours, or from
-    the channels' means. int2: none keeps the tokens exact. carry: share of what rounding leaves over of a token that is
-    added to the next one before that is rounded, along a Hilbert curve in each level.
+    level or through all levels at once. chances: what the chance to be kept is proportional to: W (as now), a power of
+    it, or W times how much the token differs from its four neighbours, or from the channels' means. coding: how values
+    are stored: exactly, in evenly spaced steps, or as product quantisation of groups of eight channels or components.
     """
 
     name: str
     keep: float
-    int2: bool
     order: Literal["rows", "curve", "levels"] = "rows"
     chances: Literal["weight", "power .8", "power .6", "neighbours", "means"] = "weight"
-    carry: float = 0.0
+    coding: Coding = "exact"
 
 
 TRIALS = [
-    Trial("drawn by W, row by row (as now)", KEEP, int2=False),
-    Trial("along a Hilbert curve in each level", KEEP, int2=False, order="curve"),
-    Trial("along one Hilbert curve through all levels", KEEP, int2=False, order="levels"),
-    Trial("chance W^.8", KEEP, int2=False, chances="power .8"),
-    Trial("chance W^.6", KEEP, int2=False, chances="power .6"),
-    Trial("chance W x difference from its neighbours", KEEP, int2=False, chances="neighbours"),
-    Trial("chance W x difference from the mean token", KEEP, int2=False, chances="means"),
-    Trial("all tokens, int2 (as now)", 1.0, int2=True),
-    Trial("all tokens, int2, half of each error carried on", 1.0, int2=True, carry=0.5),
-    Trial("all tokens, int2, each error carried on", 1.0, int2=True, carry=1.0),
-    Trial("drawn, int2 (as now: compact)", KEEP, int2=True),
-    Trial("drawn, int2, half of each error carried on", KEEP, int2=True, carry=0.5),
+    Trial("half of the tokens, drawn by W, row by row (as now)", KEEP),
+    Trial("along a Hilbert curve in each level", KEEP, order="curve"),
+    Trial("along one Hilbert curve through all levels", KEEP, order="levels"),
+    Trial("chance W^.8", KEEP, chances="power .8"),
+    Trial("chance W^.6", KEEP, chances="power .6"),
+    Trial("chance W x difference from its neighbours", KEEP, chances="neighbours"),
+    Trial("chance W x difference from the mean token", KEEP, chances="means"),
+    Trial("all tokens, 4 bits a value, evenly spaced (int4)", 1.0, coding="int4"),
+    Trial("2 bits a value, evenly spaced", 1.0, coding="2 bits"),
+    Trial("2 bits a value, product quantisation (pq4)", 1.0, coding="pq4"),
+    Trial("1 bit a value, evenly spaced", 1.0, coding="1 bit"),
+    Trial("1 bit, product quantisation of channels as they are", 1.0, coding="channels"),
+    Trial("1 bit, of principal components, in order", 1.0, coding="in order"),
+    Trial("1 bit, of components dealt evenly, each token alike", 1.0, coding="unweighted"),
+    Trial("1 bit, of components dealt evenly, by W (pq8)", 1.0, coding="pq8"),
 ]
+
+
+@dataclass(frozen=True)
+class Codecs:
+    """What each coding needs, found with the same tokens."""
+
+    channels: ChannelStatistics
+    books: dict[Coding, Codebooks]
+
+    def decoded(self, tokens: Floats, coding: Coding) -> Floats:
+        """Tokens (S, C) as the coding gives them back."""
+        if coding == "exact":
+            return tokens
+        if coding == "int4":
+            return decode_tokens(dict(encode_tokens(tokens, "int4", self.channels)), self.channels)
+        if coding in ("2 bits", "1 bit"):
+            return evenly_spaced(tokens, self.channels, 4 if coding == "2 bits" else 2)
+        return decode_codes(encode_codes(tokens, self.books[coding]), self.books[coding])
+
+
+def find_codecs(tokens: Floats, weights: Floats, channels: ChannelStatistics) -> Codecs:
+    """From tokens (N, C) that count weights (N,)."""
+    alike, directions = np.ones_like(weights), principal_components(tokens, weights)[1]
+    books: dict[Coding, Codebooks] = {
+        "pq8": train_codebooks(tokens, weights, 8),
+        "pq4": train_codebooks(tokens, weights, 4),
+        "unweighted": train_codebooks(tokens, alike, 8),
+        "in order": codebooks_of(tokens, weights, directions, 8),
+        "channels": codebooks_of(tokens, weights, np.eye(tokens.shape[1], dtype=np.float32), 8),
+    }
+    return Codecs(channels, books)
+
+
+def evenly_spaced(tokens: Floats, channels: ChannelStatistics, levels: int) -> Floats:
+    """Decoded from so many evenly spaced levels about 0, with each group's scale of least squares, found
+    by Lloyd's algorithm."""
+    normalised = (tokens - channels.channel_shift) / channels.channel_scale
+    values = normalised.reshape(len(tokens), -(-tokens.shape[1] // GROUP), -1)
+    top = levels - 1
+    scales = np.sqrt(np.square(values).mean(axis=2, keepdims=True)) / top
+    for _ in range(5):
+        level = np.clip(2 * np.floor(values / np.maximum(2 * scales, 1e-30)) + 1, -top, top)
+        scales = (values * level).sum(axis=2, keepdims=True) / np.square(level).sum(axis=2, keepdims=True)
+    decoded: Floats = (level * scales).reshape(tokens.shape) * channels.channel_scale + channels.channel_shift
+    return decoded.astype(np.float32)
 
 
 def hilbert(rows: Integers, columns: Integers) -> Integers:
@@ -115,27 +182,10 @@ def chance(weights: Floats, normalised: Floats, shapes: Sequence[tuple[int, int]
     return weights
 
 
-def carried(tokens: Floats, weights: Floats, order: Integers, share: float, channels: ChannelStatistics) -> Floats:
-    """int2 tokens (S, C), decoded, where each token takes on what rounding left over of the one before it in `order`.
-
-    The feature loss adds up weight x error over tokens, so this is done in the ratio of the weights, but never enlarged
-    (error diffusion: Floyd and Steinberg, 1976).
-    """
-    steps = token_steps(encode_tokens(tokens, "int2", channels)["token_scales"], channels)
-    decoded, left = np.empty_like(tokens), np.zeros(tokens.shape[1], np.float32)
-    for token, following in itertools.pairwise([*order.tolist(), int(order[-1])]):
-        wanted = tokens[token] - channels.channel_shift + left
-        step = steps[token]
-        level = np.clip(2 * np.floor(wanted / (2 * step)) + 1, -3, 3) * step
-        decoded[token] = level + channels.channel_shift
-        ratio = min(1.0, float(weights[token]) / max(float(weights[following]), 1e-9))
-        left = (share * ratio * np.clip(wanted - level, -step, step)).astype(np.float32)
-    return decoded
-
-
-def stored(exact: CachedBatch, trial: Trial, channels: ChannelStatistics, ids: Sequence[int], draw: int) -> CachedBatch:
+def stored(exact: CachedBatch, trial: Trial, codecs: Codecs, ids: Sequence[int], draw: int) -> CachedBatch:
     """The batch as a store written in that way would give it, decoded."""
     parts: list[tuple[Floats, npt.NDArray[np.int32], Floats]] = []
+    channels = codecs.channels
     for index, (first, last) in enumerate(itertools.pairwise(exact.token_offsets.tolist())):
         tokens, weights = exact.tokens[first:last].numpy(), exact.token_weights[first:last].numpy()
         shapes = [(int(height), int(width)) for height, width in exact.level_shapes[index].tolist()]
@@ -144,12 +194,7 @@ def stored(exact: CachedBatch, trial: Trial, channels: ChannelStatistics, ids: S
         places, base_weights = draw_tokens(base[order], max(1, round(trial.keep * len(tokens))), (0, ids[index], draw))
         kept = order[places]
         kept_weights = weights[kept] * (base_weights / np.maximum(base[kept], 1e-30))  # W / pi
-        found = tokens[kept]
-        if trial.carry:
-            along = np.argsort(np.argsort(walk(shapes, "curve"))[kept])
-            found = carried(found, kept_weights, along, trial.carry, channels)
-        elif trial.int2:
-            found = decode_tokens(dict(encode_tokens(found, "int2", channels)), channels)
+        found = codecs.decoded(tokens[kept], trial.coding)
         parts.append((found, kept.astype(np.int32), kept_weights.astype(np.float32)))
     tokens_of, positions, weights_of = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
     offsets = torch.tensor([0, *np.cumsum([len(part[1]) for part in parts])])
@@ -160,14 +205,16 @@ def measure(setting: Setting, folder: Path, steps: int, count: int, draws: int) 
     """Relative L2 of the feature loss's gradient, root mean square over batches and draws, and medians of the cosine of
     that and of the total gradient."""
     _, reader, student = prepare(setting, folder / f"{setting.name.split(',')[0]}.zarr", steps)
-    channels = measure_channels(reader.read(range(min(16, len(reader)))).tokens.numpy())
+    channels = calibrated(reader)[0]
+    assert isinstance(channels, ChannelStatistics)
+    codecs = find_codecs(*calibration_tokens(reader), channels)
     found: dict[str, list[tuple[float, ...]]] = {trial.name: [] for trial in TRIALS}
-    for batch, exact, ids in itertools.islice(batches(setting, reader, seed=1), count):
+    for batch, exact, ids in itertools.islice(batches(setting, reader, seed=1, unseen=True), count):
         gradients = Gradients(student, student(batch.images, batch.padding_mask), batch, setting.distillation)
         dense, rest = gradients.features(exact), gradients.others(exact)
         for trial in TRIALS:
             for draw in range(1 if trial.keep == 1 else draws):
-                estimate = gradients.features(stored(exact, trial, channels, ids, draw))
+                estimate = gradients.features(stored(exact, trial, codecs, ids, draw))
                 found[trial.name].append((*errors(estimate, dense), *errors(estimate + rest, dense + rest)))
     reader.close()
     result = {}
