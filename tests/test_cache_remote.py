@@ -265,16 +265,17 @@ def test_a_dump_goes_on_after_the_network_was_cut(
     """`teacher_dump --out s3://...` whose network is cut in the middle ends with one line; run again it completes the
     store. Its bytes equal those of a local dump, and a student trains from it."""
     data = draw_scenes(tmp_path / "scenes", 12)
-    assert dump(data, tmp_path / "store.zarr") == 0
+    half = ("--preset", "half")  # of some megabytes
+    assert dump(data, tmp_path / "store.zarr", *half) == 0
     wire.cut_after = 400_000
-    assert dump(data, url) == 2
+    assert dump(data, url, *half) == 2
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: s3://bucket/")
     assert "it goes on where it stopped" in error
     wire.mend()
     finished = finished_shards(url, read_manifest(url))
     assert 0 < finished.sum() < len(finished)
-    assert dump(data, url) == 0
+    assert dump(data, url, *half) == 0
     ours, theirs = contents(tmp_path / "store.zarr"), bucket_contents(url)
     assert ours == theirs
     arguments = [

@@ -119,7 +119,7 @@ def test_the_corrected_model_computes_the_published_graph(
 def dump(out: Path, coco_nano: Path, folder: Path, split: str, tokens: str = "fp16", augment: bool = False) -> Path:
     data = DumpDataOptions(data=coco_nano, split=split, sizes=None if augment else (640,), augment=augment, workers=2)
     teacher = TeacherOptions(teacher=f"hf:{folder}", teacher_size=SIZE, device="cpu")
-    run_dump(DumpConfig(data, teacher, StoreOptions(out=out, tokens=tokens)))  # type: ignore[arg-type]
+    run_dump(DumpConfig(data, teacher, StoreOptions(out, preset="half", tokens=tokens)))  # type: ignore[arg-type]
     return out
 
 

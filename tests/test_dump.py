@@ -90,7 +90,7 @@ def test_store_is_what_the_teacher_says(scenes: Path, tmp_path: Path) -> None:
     """Drawn scenes, all of one size, lossless, every record against the teacher run on its sample alone: features,
     queries, logits and boxes within 2e-4 (another batch may sum in another order), weights within 1e-4 of W."""
     out = tmp_path / "s.zarr"
-    assert dump(scenes, out, "--tokens", "fp32", "--views", "2", "--batch-size", "5") == 0
+    assert dump(scenes, out, "--preset", "half", "--tokens", "fp32", "--views", "2", "--batch-size", "5") == 0
     check_against_teacher(scenes, out, [[row] for row in range(24)])
 
 
@@ -98,7 +98,20 @@ def test_real_images_with_crops(coco_nano: Path, tmp_path: Path) -> None:
     """COCO images of different sizes with the recipe's crops, dumped in batches of two: as above. Group normalisation
     sees the padding of a batch, so this holds only because no sample is padded more than it would be alone."""
     out = tmp_path / "s.zarr"
-    arguments = ("--teacher", TEACHER, "--device", "cpu", "--tokens", "fp32", "--batch-size", "2", "--out", out)
+    arguments = (
+        "--teacher",
+        TEACHER,
+        "--device",
+        "cpu",
+        "--preset",
+        "half",
+        "--tokens",
+        "fp32",
+        "--batch-size",
+        "2",
+        "--out",
+        out,
+    )
     assert command("--data", coco_nano, *arguments) == 0
     check_against_teacher(coco_nano, out, [[0], [1], [22], [23]])
 

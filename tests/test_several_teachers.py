@@ -35,8 +35,8 @@ CPU = torch.device("cpu")
 
 
 def options(folder: Path, *more: object) -> tuple[object, ...]:
-    data = ("--data", folder / "scenes", "--views", 2, "--sizes", SIDE, "--workers", 1, "--device", "cpu", "--neck")
-    return (*data, *more)
+    data = ("--data", folder / "scenes", "--views", 2, "--sizes", SIDE, "--workers", 1, "--device", "cpu")
+    return (*data, "--preset", "half", "--neck", *more)
 
 
 def teacher_file(path: Path, preset: str, queries: int, width: int, layers: int, seed: int) -> Path:

@@ -158,7 +158,9 @@ def test_dump_verify_and_train(family: str, two_images: Path, annotations: Annot
     folder = save(build(family, CLASSES), tmp_path / "teacher", family)
     store, name = tmp_path / "store.zarr", f"hf:{folder}"
     data = DumpDataOptions(data=two_images, split="train2017", sizes=(SIDE,), workers=1)
-    run_dump(DumpConfig(data, TeacherOptions(teacher=name, batch_size=2, device="cpu"), StoreOptions(out=store)))
+    run_dump(
+        DumpConfig(data, TeacherOptions(teacher=name, batch_size=2, device="cpu"), StoreOptions(store, preset="half"))
+    )
 
     reader = CacheReader(store)
     teacher = load_transformers_teacher(name, annotations, torch.device("cpu"))

@@ -47,7 +47,7 @@ def make_store(folder: Path) -> Path:
     save_detector(folder / "teacher.safetensors", DeformableDetr(PRESETS["tiny_teacher"](7, queries=20)))
     data = DumpDataOptions(folder / "scenes", views=2, sizes=(SIDE,), workers=1)
     teacher = TeacherOptions(str(folder / "teacher.safetensors"), device="cpu")
-    run_dump(DumpConfig(data, teacher, StoreOptions(folder / "store.zarr", neck=True)))
+    run_dump(DumpConfig(data, teacher, StoreOptions(folder / "store.zarr", preset="half", neck=True)))
     (folder / "teacher.safetensors").unlink()
     return folder
 
