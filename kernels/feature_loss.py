@@ -51,7 +51,8 @@ def cached_feature_loss(
     _check(student, tokens, positions, weights, offsets, scales, channel_scale, channel_shift, codebooks)
     if student.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_indices(positions, offsets, student.shape[1])
-    samples = torch.searchsorted(offsets[1:], torch.arange(len(positions), device=offsets.device), right=True)
+    every = torch.arange(len(offsets) - 1, device=offsets.device)
+    samples = torch.repeat_interleave(every, offsets.diff(), output_size=len(positions))
     rows = samples * student.shape[1] + positions  # of the flattened (B*T, C) student
     chosen = choose("cached feature loss", backend, student)
     inputs = (student, tokens, rows, weights, scales, channel_scale, channel_shift, codebooks)
@@ -197,7 +198,9 @@ def _check_codebooks(codebooks: Tensor, tokens: Tensor, channels: int) -> None:
 
 def _check_indices(positions: Tensor, offsets: Tensor, length: int) -> None:
     kept = len(positions)
-    if kept and not 0 <= int(positions.min()) <= int(positions.max()) < length:
-        raise ValueError(f"positions must lie in 0..{length - 1}, found {int(positions.min())}..{int(positions.max())}")
+    if kept:
+        least, most = (int(found) for found in torch.aminmax(positions))
+        if least < 0 or most >= length:
+            raise ValueError(f"positions must lie in 0..{length - 1}, found {least}..{most}")
     if offsets[0] != 0 or offsets[-1] != kept or bool((offsets.diff() < 0).any()):
         raise ValueError(f"offsets must rise from 0 to {kept}, the number of tokens, got {offsets.tolist()}")

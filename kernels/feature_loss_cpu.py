@@ -170,8 +170,10 @@ def forward(
 ) -> Tensor:
     """As `kernels.feature_loss._forward`."""
     real = _real(student)
-    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < student.shape[0] * student.shape[1]:
-        raise ValueError("positions and offsets point outside the student")  # as the kernels must not
+    if len(rows):  # here as well, since under torch.compile the facade could not look
+        least, most = (int(found) for found in torch.aminmax(rows))
+        if least < 0 or most >= student.shape[0] * student.shape[1]:
+            raise ValueError("positions and offsets point outside the student")
     arguments = (
         _rows_of(student),
         _numbers(tokens),
