@@ -15,13 +15,13 @@ import numba
 import numpy as np
 import numpy.typing as npt
 from numba import types
+from numba.extending import intrinsic
 
 from common.cache import crc32c
 from common.cache.schema import CHECKSUM_BYTES
 
-GROUP_BYTES = 2**19  # read at once and checked before the next: stays in a core's second-level cache
+GROUP_BYTES = 2**18  # a piece: read at once and checked before the next, in a core's second-level cache
 GROUP_PAGES = 256  # two buffers a page: below every system's IOV_MAX of 1024
-SHARES = 64  # that a batch is divided in between threads
 SCATTERED_BYTES = 2048  # pages from this size on are put into place by the kernel
 
 WHOLE, ENDS_EARLY, CHANGED = 0, 1, 2
@@ -32,6 +32,7 @@ Integers = npt.NDArray[np.int64]
 _preadv: Any = types.ExternalFunction("preadv", types.int64(types.int32, types.uint64, types.int32, types.int64))
 _pread: Any = types.ExternalFunction("pread", types.int64(types.int32, types.uint64, types.uint64, types.int64))
 _memcpy: Any = types.ExternalFunction("memcpy", types.uint64(types.uint64, types.uint64, types.uint64))
+_sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,28 @@ class Placement:
         return int(offset), int(address), int(size)
 
 
-def read_samples(
-    placement: Placement, samples: Integers, files: Integers, begin: int, end: int, verify: bool
-) -> npt.NDArray[np.int8]:
-    """Read what lies between `begin` and `end`, in parts of SHARES of all bytes, of these samples of a batch.
+@dataclass(frozen=True)
+class Pieces:
+    """The samples of a batch to be read, cut into pieces that threads take one after another until none is left.
 
-    samples: (N,) which of the batch. files: (N, F) descriptors of their shard files. Returns (N, F): WHOLE, ENDS_EARLY
-    or CHANGED; WHOLE for what lies elsewhere.
+    samples: (N,) which of the batch. files: (N, F) descriptors of their shard files. progress: (2,), how many pieces
+    were taken and how many of them are done. found: (N, F), WHOLE, ENDS_EARLY or CHANGED.
     """
-    return _read_samples(*vars(placement).values(), samples, files, begin, end, verify)  # type: ignore[call-arg, no-any-return]
+
+    samples: Integers
+    files: Integers
+    progress: Integers
+    found: npt.NDArray[np.int8]
+
+    @classmethod
+    def of(cls, samples: Integers, files: Integers) -> Pieces:
+        return cls(samples, files, np.zeros(2, np.int64), np.zeros(files.shape, np.int8))
+
+
+def read_pieces(placement: Placement, pieces: Pieces, leave_bytes: int, verify: bool) -> None:
+    """Take pieces and read them, until none is left but those of the last `leave_bytes`. With 0 to leave, return when
+    all pieces are done, by whichever thread."""
+    _read_pieces(*vars(placement).values(), *vars(pieces).values(), leave_bytes, verify)  # type: ignore[call-arg]
 
 
 def memory_at(address: int, size: int) -> npt.NDArray[np.uint8]:
@@ -137,8 +151,22 @@ def _read_stripped(file: Any, at: Any, page: Any, pages: Any, into: Any, size: A
     return WHOLE
 
 
+def _add_one(context: Any, counters: Any, index: Any) -> Any:
+    """counters[index] += 1, in one step among all threads; what it was before."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        place = builder.gep(array.data, [arguments[1]])
+        return builder.atomic_rmw("add", place, context.get_constant(types.int64, 1), "seq_cst")
+
+    return types.int64(counters, types.int64), generate
+
+
+_add: Any = intrinsic(_add_one)
+
+
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _read_samples(
+def _read_pieces(
     row_in_shard: Any,
     page_in_shard: Any,
     token_offsets: Any,
@@ -148,18 +176,18 @@ def _read_samples(
     page_bytes: Any,
     samples: Any,
     files: Any,
-    begin: int,
-    end: int,
+    progress: Any,
+    found: Any,
+    leave_bytes: int,
     verify: bool,
-) -> Any:
-    found = np.zeros(files.shape, dtype=np.int8)
+) -> None:
     aside = np.empty(max(GROUP_BYTES, page_bytes.max()), dtype=np.uint8)
     buffers = np.empty((2 * GROUP_PAGES + 1, 2), dtype=np.int64)  # address and size of each: C's struct iovec
     token_bytes, sample_bytes = row_bytes[per_token].sum(), row_bytes[~per_token].sum()
-    total = 0
+    remaining = 0
     for sample in samples:
-        total += sample_bytes + token_bytes * (token_offsets[sample + 1] - token_offsets[sample])
-    passed = 0
+        remaining += sample_bytes + token_bytes * (token_offsets[sample + 1] - token_offsets[sample])
+    piece, mine = 0, _add(progress, 0)
     for i in range(len(samples)):
         for field in range(len(row_bytes)):
             at, into, left = _range_of(
@@ -177,12 +205,19 @@ def _read_samples(
             while left > 0:
                 pages = min(max(1, GROUP_BYTES // (page + CHECKSUM_BYTES)), GROUP_PAGES, -(-left // page))
                 size = min(left, pages * page)
-                if begin <= passed * SHARES // total < end and found[i, field] == WHOLE:
+                if piece == mine:
                     if page >= SCATTERED_BYTES:
                         state = _read_scattered(files[i, field], at, page, pages, into, size, aside, buffers, verify)
                     else:
                         state = _read_stripped(files[i, field], at, page, pages, into, size, aside, verify)
-                    found[i, field] = state
+                    if state != WHOLE:
+                        found[i, field] = state
+                    _add(progress, 1)
+                    if leave_bytes > 0 and remaining - size <= leave_bytes:
+                        return
+                    mine = _add(progress, 0)
                 at, into, left = at + pages * (page + CHECKSUM_BYTES), into + size, left - size
-                passed += size
-    return found
+                remaining -= size
+                piece += 1
+    while leave_bytes == 0 and progress[1] < piece:  # the others are at their last pieces
+        _sched_yield()

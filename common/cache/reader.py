@@ -8,7 +8,6 @@ threads of the training process: DataLoader workers would send megabytes through
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from common.cache.members import member_names, member_path
-from common.cache.pages import REASONS, SHARES, WHOLE, Placement, memory_at, read_samples
+from common.cache.pages import REASONS, WHOLE, Pieces, Placement, memory_at, read_pieces
 from common.cache.plan import SampleTable, level_strides
 from common.cache.schema import ATTRIBUTE, CHECKSUM_BYTES, Manifest
 from common.cache.shards import DamagedShard, LocalCopies, LocalShard, OpenShards, RemoteShard
@@ -33,7 +32,7 @@ from common.errors import UserError
 from common.records import CachedBatch
 
 READ_THREADS = 2  # more gain nothing from a page cache; from a fast disk that is not cached they may
-OWN_SHARE_LESS = 0.15  # of a thread's share that the reading thread leaves to the others
+LEFT_BYTES = 3 * 2**19  # of a batch, that the other threads read while this one puts it together
 REQUESTS = 16  # to a bucket, at once
 
 Verify = Literal["first", "always", "never"]
@@ -56,20 +55,28 @@ class BatchBuffers:
     """
 
     pin: bool = False
-    _flat: dict[str, Tensor] = field(default_factory=dict)
-    _last: dict[str, Tensor] = field(default_factory=dict)
+    _whole: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
+    _last: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
+    _address: dict[tuple[str, tuple[int, ...]], int] = field(default_factory=dict)
 
-    def tensor(self, name: str, shape: tuple[int, ...], dtype: str) -> Tensor:
-        last = self._last.get(name)
-        if last is not None and last.shape == shape:
-            return last
-        size = math.prod(shape)
-        flat = self._flat.get(name)
-        if flat is None or flat.numel() < size:
-            flat = torch.empty(size + size // 4, dtype=getattr(torch, dtype), pin_memory=self.pin)
-            self._flat[name] = flat
-        self._last[name] = flat[:size].view(shape)
-        return self._last[name]
+    def address(self, name: str, count: int, row_shape: tuple[int, ...], dtype: str) -> int:
+        """Where `count` rows begin."""
+        key = name, row_shape
+        whole = self._whole.get(key)
+        if whole is None or len(whole) < count:
+            shape = (count + count // 4, *row_shape)
+            self._whole[key] = torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=self.pin)
+            self._last[key], self._address[key] = self._whole[key], self._whole[key].data_ptr()
+        return self._address[key]
+
+    def rows(self, name: str, count: int, row_shape: tuple[int, ...], dtype: str) -> Tensor:
+        """They, as a tensor (count, *row_shape). What was given last is given again if it is as long: a view costs
+        torch tens of microseconds after reading has emptied the processor's caches."""
+        self.address(name, count, row_shape, dtype)
+        key = name, row_shape
+        if len(self._last[key]) != count:
+            self._last[key] = self._whole[key].narrow(0, 0, count)
+        return self._last[key]
 
 
 class CacheReader:
@@ -101,14 +108,19 @@ class CacheReader:
         self._readable[skipped] = False
         self._verify = verify
         self.choose_fields({field.name for field in self.manifest.fields()})
-        self._every_position = torch.arange(int(self.table.token_count.max(initial=0)), dtype=torch.int32)
-        self._strides = torch.tensor(self.manifest.teacher.strides, dtype=torch.float32)[:, None].expand(-1, 2)
+        teacher = self.manifest.teacher
+        self._assigned = (teacher.layers, teacher.queries)
+        # Plain views: memory maps take several times as long to index.
+        self._token_count, self._token_offset = np.asarray(self.table.token_count), np.asarray(self.table.token_offset)
+        self._no_queries = torch.empty((0, teacher.layers, teacher.queries, teacher.channels), dtype=torch.float16)
+        self._every_position = np.arange(self.table.token_count.max(initial=0), dtype=np.int32)
+        self._strides = torch.tensor(teacher.strides, dtype=torch.float32)[:, None].expand(-1, 2)
         remote = isinstance(self.storage, Bucket)
         self.copies: LocalCopies | None = None
         if isinstance(self.storage, Bucket) and local_cache is not None:
             self.copies = LocalCopies(self.storage, self.manifest, local_cache, local_cache_bytes)
         self._shards = OpenShards(self.storage, self.manifest, self.table, self.copies)
-        self._shares = [round(SHARES * index / (threads - OWN_SHARE_LESS)) for index in range(threads)]
+        self._helpers = threads - 1
         self._pool = ThreadPoolExecutor(REQUESTS if remote else max(1, threads - 1), "cache-reader")
 
     def __len__(self) -> int:
@@ -180,17 +192,15 @@ class CacheReader:
         """A batch; the records named as corrupt have no meaning in it."""
         layout = self.manifest.layout
         token_offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum(self.table.token_count[rows], out=token_offsets[1:])
-        tensors = [
-            buffers.tensor(f.name, (int(token_offsets[-1]) if f.per == "token" else len(rows), *f.row_shape), f.dtype)
-            for f in self.fields
-        ]
+        np.cumsum(self._token_count[rows], out=token_offsets[1:])
+        tokens = int(token_offsets[-1])
+        wanted = [(f.name, tokens if f.per == "token" else len(rows), f.row_shape, f.dtype) for f in self.fields]
         shards, row_in_shard = np.divmod(rows, layout.shard_samples)
         placement = Placement(
             row_in_shard=row_in_shard,
-            page_in_shard=(self.table.token_offset[rows] - shards * layout.shard_tokens) // layout.page_tokens,
+            page_in_shard=(self._token_offset[rows] - shards * layout.shard_tokens) // layout.page_tokens,
             token_offsets=token_offsets,
-            address=np.array([tensor.data_ptr() for tensor in tensors]),
+            address=np.array([buffers.address(*of_field) for of_field in wanted]),
             per_token=self._per_token,
             row_bytes=self._row_bytes,
             page_bytes=self._page_bytes,
@@ -204,11 +214,11 @@ class CacheReader:
         verify = self._verify == "always" or (self._verify == "first" and not self._verified[rows].all())
         under_way = [self._start_remote(remote, placement)] if remote else []
         under_way += [self._read_local(local, placement, shards, verify)] if local else []
-        read = {field.name: tensor for field, tensor in zip(self.fields, tensors, strict=True)} | self._left_out
+        read = {of_field[0]: buffers.rows(*of_field) for of_field in wanted} | self._left_out
         batch = self._batch(rows, token_offsets, read, buffers)  # while the others read
         for finish in under_way:
             damaged |= finish()
-        batch.assignment.copy_(read["assignment"])
+        np.copyto(batch.assignment.numpy(), read["assignment"].numpy())  # a fifth of what torch takes
         if verify:
             self._verified[np.delete(rows, list(damaged))] = True
         return batch, tuple(self._corrupt(int(rows[index]), damage) for index, damage in sorted(damaged.items()))
@@ -216,25 +226,23 @@ class CacheReader:
     def _read_local(
         self, local: dict[int, LocalShard], placement: Placement, shards: Rows, verify: bool
     ) -> Callable[[], dict[int, DamagedShard]]:
-        """Read this thread's part of samples of open files. Calling the result waits for the other threads' and
-        returns which samples are damaged.
+        """Read samples of open files, with the other threads, but for the last few pieces. Calling the result reads
+        these and returns which samples are damaged.
 
-        Every thread reads one part in one call: between calls they would wait for the GIL. This thread's is smaller,
-        since it puts the batch together while the others go on.
+        Every thread takes pieces in one call: between calls they would wait for the GIL. The others go on while this
+        one puts the batch together.
         """
         samples = np.fromiter(local, dtype=np.int64, count=len(local))
         files = np.array([opened.descriptors for opened in local.values()])[:, self._file_of_field]
-        begins = self._shares
-        others = [
-            self._pool.submit(read_samples, placement, samples, files, begin, end, verify)
-            for begin, end in pairwise(begins)
-        ]
-        own = read_samples(placement, samples, files, begins[-1], SHARES, verify)
+        pieces = Pieces.of(samples, files)
+        for _ in range(self._helpers):
+            self._pool.submit(read_pieces, placement, pieces, 1, verify)
+        if self._helpers:
+            read_pieces(placement, pieces, LEFT_BYTES, verify)
 
         def finish() -> dict[int, DamagedShard]:
-            found = own
-            for other in others:
-                found |= other.result()
+            read_pieces(placement, pieces, 0, verify)
+            found = pieces.found
             return {
                 int(samples[i]): DamagedShard(
                     shard_key(self.fields[f], int(shards[samples[i]])), REASONS[int(found[i, f])]
@@ -281,8 +289,10 @@ class CacheReader:
     def _batch(self, rows: Rows, token_offsets: Rows, read: dict[str, Tensor], buffers: BatchBuffers) -> CachedBatch:
         positions = read.get("token_positions")
         if positions is None:
-            positions = buffers.tensor("token_positions", (int(token_offsets[-1]),), "int32")
-            torch.cat([self._every_position[:count] for count in np.diff(token_offsets).tolist()], out=positions)
+            positions = buffers.rows("token_positions", int(token_offsets[-1]), (), "int32")
+            filled = positions.numpy()  # torch.cat would wait for threads that are busy reading
+            for begin, end in pairwise(token_offsets.tolist()):
+                filled[begin:end] = self._every_position[: end - begin]
         if self.manifest.teacher.input_size is None:
             strides = self._strides.expand(len(rows), -1, -1)
         else:
@@ -297,11 +307,11 @@ class CacheReader:
             token_weights=read["token_weights"],
             token_offsets=torch.from_numpy(token_offsets),
             level_shapes=torch.from_numpy(self.table.level_shapes[rows].astype(np.int64)),
-            queries=read["queries"] if "queries" in read else _no_queries(self.manifest),
+            queries=read.get("queries", self._no_queries),
             logits=read["logits"],
             boxes_cxcywh=read["boxes_cxcywh"],
             quality=read["quality"],
-            assignment=buffers.tensor("assignment as int64", tuple(read["assignment"].shape), "int64"),
+            assignment=buffers.rows("assignment as int64", len(read["assignment"]), self._assigned, "int64"),
             level_strides=strides,
             codebooks=self.constants.get("codebooks"),
             rotation=self.constants.get("rotation"),
@@ -313,11 +323,6 @@ class CacheReader:
             neck_rotation=self.constants.get("neck_rotation"),
             neck_weights=read.get("neck_weights"),
         )
-
-
-def _no_queries(manifest: Manifest) -> Tensor:
-    teacher = manifest.teacher
-    return torch.empty((0, teacher.layers, teacher.queries, teacher.channels), dtype=torch.float16)
 
 
 def read_manifest(store: Location) -> Manifest:
