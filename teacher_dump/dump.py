@@ -89,7 +89,7 @@ def _dump_teacher(config: DumpConfig, annotations: Annotations, device: torch.de
 def write_missing(job: Job, out: Location, workers: int, skip_broken: bool, ranks: Ranks) -> Summary:
     """This rank's share of the shards that are not there yet: load, run the teacher, write behind it."""
     manifest = job.manifest
-    with writable_store(out, manifest, job.plan, lambda: _constants(job), ranks):
+    with writable_store(out, manifest, job.plan, lambda: store_constants(job), ranks):
         begin_s = time.monotonic()
         shards = missing_shards(out, manifest, ranks)
         rows = [row for shard in shards for row in shard_rows(shard, manifest.layout)]
@@ -119,7 +119,7 @@ def write_missing(job: Job, out: Location, workers: int, skip_broken: bool, rank
     return Summary(len(rows), int(len(rows) * record_bytes), time.monotonic() - begin_s, tuple(broken))
 
 
-def _constants(job: Job) -> dict[str, npt.NDArray[np.float32]]:
+def store_constants(job: Job) -> dict[str, npt.NDArray[np.float32]]:
     """What the store has once: the teacher's constants, and channel statistics or codebooks from some of its samples.
 
     Computed when a store is created and read from it ever after, so every rank and every rerun has the same.

@@ -57,7 +57,9 @@ class Kind:
 
 KINDS = (
     Kind("4.5 MB", 128, CodecInfo("fp16", 1.0), layers=6, queries=300, mean_side_px=530),
-    Kind("0.64 MB", 1024, CodecInfo("pq8", 1.0, queries=False, logits="uint8"), layers=6, queries=300, mean_side_px=780),
+    Kind(
+        "0.64 MB", 1024, CodecInfo("pq8", 1.0, queries=False, logits="uint8"), layers=6, queries=300, mean_side_px=780
+    ),
 )
 
 

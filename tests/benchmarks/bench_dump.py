@@ -1,7 +1,7 @@
 """What writing adds to the time of the teacher: a dump against the teacher alone, on the same samples and threads.
 
-Both decode and replay the images in threads, run the teacher and derive its targets; only the dump draws tokens,
-encodes and writes them, and brings them to the disk. The target is a ratio of 0.95 or more: writing adds at most 5%.
+Both decode and replay the images in threads, run the teacher and derive its targets; only the dump
+encodes tokens and writes them, and brings them to the disk. The target is a ratio of 0.95 or more: writing adds at most 5%.
 Small data sets have small shards (a 32nd of them), each of which waits for the disk as long as one of 256 MB does: with
 a tiny teacher and a few hundred images it is these waits that are measured.
 """
@@ -23,7 +23,7 @@ from common.coco import load_annotations
 from common.runtime import Ranks
 from common.synthetic import draw_data_set
 from teacher_dump.config import DataOptions, DumpConfig, StoreOptions, TeacherOptions
-from teacher_dump.dump import write_missing
+from teacher_dump.dump import store_constants, write_missing
 from teacher_dump.encode import run_teacher
 from teacher_dump.job import Job, batches, load_sample, prepare
 from teacher_dump.store import writable_store
@@ -41,7 +41,7 @@ def cases() -> Iterator[Case]:
     for teacher, side, images, runs in (("tiny", 128, 1024, 5), ("r50", 480, 8, 3)):
         job = _job(data, teacher, side, images)
         stores = _empty_stores(job, Path(folder.name), teacher, runs + 1)
-        unit = f"{images} images of {side} px, random:{teacher}, fp16, all tokens"
+        unit = f"{images} images of {side} px, random:{teacher}, default store"
         yield Case(f"dump, {teacher}", _dump(job, stores), _teacher_alone(job), unit, runs)
 
 
@@ -55,9 +55,10 @@ def _job(data: Path, teacher: str, side: int, images: int) -> Job:
 
 
 def _empty_stores(job: Job, folder: Path, name: str, count: int) -> Iterator[Path]:
+    constants = store_constants(job)
     stores = [folder / f"{name}-{number}.zarr" for number in range(count)]
     for store in stores:
-        with writable_store(store, job.manifest, job.plan, lambda: job.teacher.constants, Ranks()):
+        with writable_store(store, job.manifest, job.plan, lambda: constants, Ranks()):
             pass
     return iter(stores)
 
