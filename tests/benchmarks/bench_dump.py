@@ -1,7 +1,7 @@
 """What writing adds to the time of the teacher: a dump against the teacher alone, on the same samples and threads.
 
-Both decode and replay the images in threads, run the teacher and derive its targets; only the dump
-encodes tokens and writes them, and brings them to the disk. The target is a ratio of 0.95 or more: writing adds at most 5%.
+Both decode and replay the images in threads, run the teacher and derive its targets; only the dump encodes tokens and
+writes them, and brings them to the disk. The target is a ratio of 0.95 or more: writing adds at most 5%.
 Small data sets have small shards (a 32nd of them), each of which waits for the disk as long as one of 256 MB does: with
 a tiny teacher and a few hundred images it is these waits that are measured.
 """

@@ -8,7 +8,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from kernels import cached_feature_loss, deformable_attention, hungarian
+from kernels import cached_feature_loss, deformable_attention, hungarian, nearest_codes
+from kernels.nearest_codes import nearest_codes_reference
 from tests.benchmarks import Case
 
 LEVELS_640 = [(80, 80), (40, 40), (20, 20), (10, 10)]
@@ -27,6 +28,8 @@ def cases() -> Iterator[Case]:
         yield _feature_loss(f"cached feature loss, {kind}", kind, tokens)
     for targets in (300, 100):
         yield _hungarian(f"hungarian, 6 layers x 2 images, 300x{targets}", targets)
+    for width in (8, 4):
+        yield _nearest_codes(f"nearest codes, groups of {width}", width)
 
 
 def _deformable_inputs(
@@ -97,6 +100,18 @@ def _feature_loss(name: str, kind: str, tokens: int) -> Case:
         return run
 
     return Case(name, step("auto"), step("reference"), "forward + backward, 25% of 2 x 8500 tokens", runs=25)
+
+
+def _nearest_codes(name: str, width: int) -> Case:
+    """All tokens of a COCO sample."""
+    torch.manual_seed(0)
+    features, codebooks = torch.randn(12_100, 256), torch.randn(256 // width, 256, width)
+    return Case(
+        name,
+        lambda: nearest_codes(features, codebooks),
+        lambda: nearest_codes_reference(features, codebooks),
+        "12,100 tokens of 256 channels",
+    )
 
 
 def _hungarian(name: str, targets: int) -> Case:

@@ -39,7 +39,8 @@ def own_memory_mb():
 def batches_of(shard):
     rows = shard_rows(shard, manifest.layout)
     for first in range(0, len(rows), batch):
-        yield [make_record(manifest, plan, row) for row in rows[first : first + batch]], []
+        records = [make_record(manifest, plan, row) for row in rows[first : first + batch]]
+        yield (lambda records=records: records), []
 
 manifest, plan = make_inputs(10_000, CodecInfo("fp16", 1.0), layers=6, queries=300, mean_side_px=640)
 samples = shards * manifest.layout.shard_samples
