@@ -101,13 +101,14 @@ def draw_records(info: TeacherInfo, generator: torch.Generator, device: torch.de
     tokens = token_count(grids[0])
     sample_shape = (2, info.layers, info.queries)
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).half()
+    def codes(*shape: int) -> torch.Tensor:
+        return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
 
+    channels = info.channels
     assignment = torch.full(sample_shape, -1)
     assignment[..., :BOXES] = torch.arange(BOXES)
     drawn = CachedBatch(
-        tokens=normal(2 * tokens, info.channels),
+        tokens=codes(2 * tokens, channels // 8),
         token_scales=None,
         channel_scale=None,
         channel_shift=None,
@@ -115,12 +116,14 @@ def draw_records(info: TeacherInfo, generator: torch.Generator, device: torch.de
         token_weights=torch.rand(2 * tokens, generator=generator),
         token_offsets=torch.tensor([0, tokens, 2 * tokens]),
         level_shapes=torch.tensor(grids),
-        queries=normal(*sample_shape, info.channels),
-        logits=normal(*sample_shape, CLASSES) - 4,
+        queries=torch.empty(0, info.layers, info.queries, channels),
+        logits=codes(*sample_shape, CLASSES) // 4,  # scores below .15
         boxes_cxcywh=torch.rand(*sample_shape, 4, generator=generator) * 0.4 + 0.2,
         quality=torch.rand(*sample_shape, generator=generator),
         assignment=assignment,
         level_strides=torch.tensor(info.strides).float()[None, :, None].expand(2, -1, 2),
+        codebooks=torch.randn(channels // 8, 256, 8, generator=generator),
+        rotation=torch.linalg.qr(torch.randn(channels, channels, generator=generator))[0],
     )
     return replace(drawn, **{name: value.to(device) for name, value in vars(drawn).items() if value is not None})
 
