@@ -132,7 +132,9 @@ def _add_features(
     if isinstance(statistics, Codebooks):  # no centroid may be nearer than the one that is stored
         nearest = distances(teacher, encode_codes(teacher, statistics), statistics)
         found = distances(teacher, stored["tokens"], statistics)
-        comparison.add(found, np.zeros_like(found), nearest, scale=teacher)
+        comparison.add(
+            found, np.zeros_like(found), nearest, scale=teacher @ statistics.rotation * statistics.component_scale
+        )
         return
     bound: Floats | float
     if statistics is None:

@@ -96,8 +96,8 @@ def fidelity(manifest: Manifest, constants: Mapping[str, Tensor]) -> str:
     found = []
     if codec.components:
         found.append(
-            f"tokens as the nearest of 256 centroids for each {codec.components} of their components, without"
-            f" {constants['codebook_error'].item():.2%} of their variance"
+            f"tokens as one of 256 codes for each {codec.components} of their components, with a squared error of"
+            f" {constants['codebook_error'].item():.1%} of their variance, right on average"
         )
     elif codec.quantised:
         how = "to nearest" if codec.rounding == "nearest" else "stochastically: right on average"

@@ -3,8 +3,14 @@
 The channels of an encoder's memory are far from independent: an eighth of their principal components hold most of
 what varies. Tokens are rotated onto these components, the components are dealt into groups of equal share (Ge, He, Ke
 and Sun, 2013, eigenvalue allocation), and each group is stored as the number of the nearest of 256 centroids, found by
-k-means on tokens drawn by their weight in the feature loss. Many and common values get many centroids, so that at one
-bit a number the error is below that of two evenly spaced bits on the channels as they are (docs/fidelity.md).
+k-means on tokens drawn by their weight in the feature loss. Many and common values get many centroids.
+
+What a centroid decodes to is not the mean of what it stands for. That would have the least error, but it pulls every
+component towards its average, the small ones nearly all the way, and a student that learns such targets learns less
+than its teacher knows: it costs three times the AP (docs/fidelity.md). Each component is instead stretched about its
+mean until, over the tokens, decoded values rise as the true ones do. Noise, unlike that pull, averages out over tokens
+and steps. Stretching small components makes most noise; dividing each by the fourth root of its variance before
+looking for the nearest centroid, so that they get more of the 256, makes it least.
 
 A rotation leaves squared errors as they are. The feature loss therefore rotates the student's features and looks the
 teacher's up; nothing is rotated back in training.
@@ -25,23 +31,33 @@ Codes = npt.NDArray[np.uint8]
 
 CENTROIDS = 256
 ROUNDS = 20  # of k-means; more change the error by less than a hundredth
+NO_VARIANCE = 1e-12  # or less: rounding
+MOST_STRETCHED = 20.0  # times, a component that its centroids hardly tell apart
 
 
 @dataclass(frozen=True)
 class Codebooks:
-    """rotation: (C, C), orthogonal; token @ rotation are its components, group after group. codebooks: (M, 256, C/M).
-    codebook_error: (1,), the share lost of the variance of the tokens that the codebooks were found with."""
+    """What a store has once of its product quantisation: C channels in M groups.
+
+    rotation: (C, C), orthogonal; token @ rotation are its components, group after group. codebooks: (M, 256, C/M), the
+    components that codes stand for. centroids: (M, 256, C/M), among which the nearest to the components times
+    component_scale (C,) is chosen. codebook_error: (1,), what decoding changes of the tokens that all this was found
+    with, squared, as a share of their variance.
+    """
 
     rotation: Floats
     codebooks: Floats
+    centroids: Floats
+    component_scale: Floats
     codebook_error: Floats
 
 
 def train_codebooks(tokens: Floats, weights: Floats, components: int) -> Codebooks:
-    """Codebooks for groups of `components` numbers, which divides C: the least squared error that k-means finds over
-    tokens (N, C) that count weights (N,) >= 0 each. The same tokens give the same codebooks."""
+    """Codebooks for groups of `components` numbers, which divides C, from tokens (N, C) that count weights (N,) >= 0
+    each. The same tokens give the same codebooks."""
     variances, directions = principal_components(tokens, weights)
-    return codebooks_of(tokens, weights, directions[:, deal(variances, components).ravel()], components)
+    dealt = deal(np.sqrt(np.maximum(variances, 0)), components)
+    return codebooks_of(tokens, weights, directions[:, dealt.ravel()], components)
 
 
 def principal_components(tokens: Floats, weights: Floats) -> tuple[npt.NDArray[np.float64], Floats]:
@@ -52,17 +68,37 @@ def principal_components(tokens: Floats, weights: Floats) -> tuple[npt.NDArray[n
     return variances[::-1], directions[:, ::-1].astype(np.float32)
 
 
-def codebooks_of(tokens: Floats, weights: Floats, rotation: Floats, components: int) -> Codebooks:
-    """Codebooks for groups of neighbouring columns of tokens @ rotation."""
+def codebooks_of(
+    tokens: Floats, weights: Floats, rotation: Floats, components: int, *, stretched: bool = True
+) -> Codebooks:
+    """Codebooks for groups of neighbouring columns of tokens @ rotation. Not stretched: those of least error."""
     mass, rotation = _mass(weights), np.ascontiguousarray(rotation)
     rotated = tokens @ rotation
-    groups = rotated.reshape(len(tokens), -1, components).transpose(1, 0, 2)
+    mean = np.average(rotated, axis=0, weights=mass)
+    variance = np.average(np.square(rotated - mean), axis=0, weights=mass)
+    varies = variance > max(1e-12 * float(variance.max()), NO_VARIANCE)
+    scale = np.power(variance, -0.25 * stretched, where=varies, out=np.ones_like(variance)).astype(np.float32)
+    # A quarter of many tokens measures the slopes, which look steeper on tokens that the centroids were found with.
+    measuring = np.arange(len(tokens)) % 4 == 3
+    finding = ~measuring if len(tokens) > 8 * CENTROIDS else np.ones(len(tokens), bool)
+    groups = (rotated[finding] * scale).reshape(finding.sum(), -1, components).transpose(1, 0, 2)
     generator = np.random.Generator(np.random.Philox(key=[0, 2]))
-    books = np.stack([_kmeans(np.ascontiguousarray(group), mass, generator) for group in groups])
-    found = Codebooks(rotation, books, np.zeros(1, np.float32))
-    lost = mass @ np.square(distances(tokens, encode_codes(tokens, found), found)).sum(axis=1)
-    spread = mass @ np.square(rotated - np.average(rotated, axis=0, weights=mass)).sum(axis=1)
-    return replace(found, codebook_error=np.array([lost / max(spread, 1e-30)], np.float32))
+    centroids = np.stack([_kmeans(np.ascontiguousarray(group), mass[finding], generator) for group in groups])
+
+    means = (centroids / scale.reshape(len(centroids), 1, -1)).astype(np.float32)
+    found = Codebooks(rotation, means, centroids, scale, np.zeros(1, np.float32))
+    codes = encode_codes(tokens, found)
+    if stretched:
+        used = measuring if finding.sum() < len(tokens) else finding
+        change, true = _look_up(codes[used], means).reshape(used.sum(), -1) - mean, rotated[used] - mean
+        rise, run = (np.average(true * other, axis=0, weights=mass[used]) for other in (change, true))
+        slope = np.divide(rise, run, where=varies & (run > NO_VARIANCE), out=np.ones_like(run))
+        stretch = (1 / np.clip(slope, 1 / MOST_STRETCHED, 1)).reshape(len(centroids), 1, -1)
+        middle = mean.reshape(len(centroids), 1, -1)
+        found = replace(found, codebooks=(middle + (means - middle) * stretch).astype(np.float32))
+    decoded = _look_up(codes, found.codebooks).reshape(rotated.shape)
+    error = np.average(np.square(rotated - decoded), axis=0, weights=mass).sum() / max(variance.sum(), NO_VARIANCE)
+    return replace(found, codebook_error=np.array([error], np.float32))
 
 
 def deal(variances: npt.NDArray[np.float64], components: int) -> npt.NDArray[np.intp]:
@@ -80,20 +116,21 @@ def deal(variances: npt.NDArray[np.float64], components: int) -> npt.NDArray[np.
 
 def encode_codes(tokens: Floats, books: Codebooks) -> Codes:
     """Codes (S, M) of tokens (S, C)."""
-    codes: Codes = nearest_codes(torch.from_numpy(tokens @ books.rotation), torch.from_numpy(books.codebooks)).numpy()
+    components = torch.from_numpy(tokens @ books.rotation * books.component_scale)
+    codes: Codes = nearest_codes(components, torch.from_numpy(books.centroids)).numpy()
     return codes
 
 
 def decode_codes(codes: Codes, books: Codebooks) -> Floats:
     """Tokens (S, C) float32, rotated back."""
-    tokens: Floats = _look_up(codes, books).reshape(len(codes), -1) @ books.rotation.T
+    tokens: Floats = _look_up(codes, books.codebooks).reshape(len(codes), -1) @ books.rotation.T
     return tokens
 
 
 def distances(tokens: Floats, codes: Codes, books: Codebooks) -> Floats:
-    """How far (S, M) each group of the tokens (S, C) is from the centroid of its code."""
-    parts = (tokens @ books.rotation).reshape(*codes.shape, -1)
-    found: Floats = np.linalg.norm(parts - _look_up(codes, books), axis=2)
+    """How far (S, M) each group of the tokens (S, C), in scaled components, is from the centroid of its code."""
+    parts = (tokens @ books.rotation * books.component_scale).reshape(*codes.shape, -1)
+    found: Floats = np.linalg.norm(parts - _look_up(codes, books.centroids), axis=2)
     return found
 
 
@@ -101,8 +138,8 @@ def _mass(weights: Floats) -> npt.NDArray[np.float64]:
     return weights.astype(np.float64) if weights.any() else np.ones(len(weights))
 
 
-def _look_up(codes: Codes, books: Codebooks) -> Floats:
-    found: Floats = books.codebooks[np.arange(codes.shape[1]), codes]
+def _look_up(codes: Codes, books: Floats) -> Floats:
+    found: Floats = books[np.arange(codes.shape[1]), codes]
     return found
 
 

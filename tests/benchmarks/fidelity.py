@@ -151,7 +151,7 @@ def encoded(exact: CachedBatch, how: Stored, found: Constants, ids: Sequence[int
         token_positions=joined("positions"),
         token_weights=joined("weights"),
         token_offsets=torch.tensor([0, *np.cumsum([len(part["weights"]) for part in parts])]),
-        **{name: torch.from_numpy(value) for name, value in constants.items() if name != "codebook_error"},
+        **{name: torch.from_numpy(value) for name, value in constants.items() if hasattr(exact, name)},
     )
 
 

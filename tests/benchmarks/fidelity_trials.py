@@ -24,6 +24,7 @@ from common.cache.codec import ChannelStatistics, decode_tokens, encode_tokens
 from common.cache.product import (
     Codebooks,
     codebooks_of,
+    deal,
     decode_codes,
     encode_codes,
     principal_components,
@@ -50,7 +51,7 @@ CURVE_BITS = 10  # a curve through 1024 x 1024 places
 GROUP = 64  # channels that share a scale
 
 Integers = npt.NDArray[np.intp]
-Coding = Literal["exact", "int4", "2 bits", "1 bit", "channels", "in order", "unweighted", "pq8", "pq4"]
+Coding = Literal["exact", "int4", "2 bits", "1 bit", "channels", "in order", "least error", "unweighted", "pq8", "pq4"]
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,9 @@ TRIALS = [
     Trial("1 bit a value, evenly spaced", 1.0, coding="1 bit"),
     Trial("1 bit, product quantisation of channels as they are", 1.0, coding="channels"),
     Trial("1 bit, of principal components, in order", 1.0, coding="in order"),
-    Trial("1 bit, of components dealt evenly, each token alike", 1.0, coding="unweighted"),
-    Trial("1 bit, of components dealt evenly, by W (pq8)", 1.0, coding="pq8"),
+    Trial("1 bit, of components dealt evenly", 1.0, coding="least error"),
+    Trial("1 bit, the same, right on average (pq8)", 1.0, coding="pq8"),
+    Trial("1 bit, pq8 found with each token alike", 1.0, coding="unweighted"),
 ]
 
 
@@ -107,13 +109,16 @@ class Codecs:
 
 def find_codecs(tokens: Floats, weights: Floats, channels: ChannelStatistics) -> Codecs:
     """From tokens (N, C) that count weights (N,)."""
-    alike, directions = np.ones_like(weights), principal_components(tokens, weights)[1]
+    alike, identity = np.ones_like(weights), np.eye(tokens.shape[1], dtype=np.float32)
+    variances, directions = principal_components(tokens, weights)
+    dealt = directions[:, deal(variances, 8).ravel()]
     books: dict[Coding, Codebooks] = {
         "pq8": train_codebooks(tokens, weights, 8),
         "pq4": train_codebooks(tokens, weights, 4),
         "unweighted": train_codebooks(tokens, alike, 8),
-        "in order": codebooks_of(tokens, weights, directions, 8),
-        "channels": codebooks_of(tokens, weights, np.eye(tokens.shape[1], dtype=np.float32), 8),
+        "least error": codebooks_of(tokens, weights, dealt, 8, stretched=False),
+        "in order": codebooks_of(tokens, weights, directions, 8, stretched=False),
+        "channels": codebooks_of(tokens, weights, identity, 8, stretched=False),
     }
     return Codecs(channels, books)
 
