@@ -50,7 +50,7 @@ def write_annotations(folder: Path, polygons: bool) -> None:
 
 
 def main() -> None:
-    for polygons, options in ((False, ()), (True, ()), (True, ("--preset", "compact", "--views", "8"))):
+    for polygons, options in ((False, ()), (True, ()), (True, ("--views", "8"))):
         with tempfile.TemporaryDirectory(prefix="detrcache-bench-") as folder:
             write_annotations(Path(folder), polygons)
             size_mb = (Path(folder) / "annotations" / "instances_train2017.json").stat().st_size / 1e6
