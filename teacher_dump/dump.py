@@ -125,8 +125,7 @@ def store_constants(job: Job) -> dict[str, npt.NDArray[np.float32]]:
     Computed when a store is created and read from it ever after, so every rank and every rerun has the same.
     """
     constants = dict(job.teacher.constants)
-    codec = job.manifest.codec
-    if codec.quantised or codec.components:
+    if job.manifest.codec.calibrated:
         samples: list[Calibration] = []
         chosen = calibration_rows(len(job.plan.table), job.manifest.batch_size)
         for rows in tqdm(chosen, desc="calibration", unit=" batches", mininterval=BAR_INTERVAL_S):

@@ -181,7 +181,7 @@ def calibrate(manifest: Manifest, samples: Sequence[Calibration]) -> dict[str, F
     UserError without any sample.
     """
     codec = manifest.codec
-    if not (codec.quantised or codec.components):
+    if not codec.calibrated:
         return {}
     if not samples:
         raise UserError(f"none of {CALIBRATION_SAMPLES} images could be decoded; check the image folder")

@@ -113,7 +113,7 @@ def test_reader_from_the_specification(tmp_path: Path, options: tuple[str, ...])
                 ours if field.per == "token" else ours[0], theirs if field.per == "token" else theirs[0]
             )
         codec = reader.manifest.codec
-        if codec.quantised or codec.components:
+        if codec.calibrated:
             stored = {
                 name: rows_of_sample(store, name, row)
                 for name in ("tokens", "token_scales")

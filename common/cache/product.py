@@ -80,7 +80,9 @@ def codebooks_of(
     scale = np.power(variance, -0.25 * stretched, where=varies, out=np.ones_like(variance)).astype(np.float32)
     # A quarter of many tokens measures the slopes, which look steeper on tokens that the centroids were found with.
     measuring = np.arange(len(tokens)) % 4 == 3
-    finding = ~measuring if len(tokens) > 8 * CENTROIDS else np.ones(len(tokens), bool)
+    finding = ~measuring
+    if len(tokens) <= 8 * CENTROIDS:
+        measuring[:] = finding[:] = True
     groups = (rotated[finding] * scale).reshape(finding.sum(), -1, components).transpose(1, 0, 2)
     generator = np.random.Generator(np.random.Philox(key=[0, 2]))
     centroids = np.stack([_kmeans(np.ascontiguousarray(group), mass[finding], generator) for group in groups])
@@ -89,16 +91,30 @@ def codebooks_of(
     found = Codebooks(rotation, means, centroids, scale, np.zeros(1, np.float32))
     codes = encode_codes(tokens, found)
     if stretched:
-        used = measuring if finding.sum() < len(tokens) else finding
-        change, true = _look_up(codes[used], means).reshape(used.sum(), -1) - mean, rotated[used] - mean
-        rise, run = (np.average(true * other, axis=0, weights=mass[used]) for other in (change, true))
-        slope = np.divide(rise, run, where=varies & (run > NO_VARIANCE), out=np.ones_like(run))
-        stretch = (1 / np.clip(slope, 1 / MOST_STRETCHED, 1)).reshape(len(centroids), 1, -1)
-        middle = mean.reshape(len(centroids), 1, -1)
-        found = replace(found, codebooks=(middle + (means - middle) * stretch).astype(np.float32))
+        books = _stretch(means, mean, codes[measuring], rotated[measuring], mass[measuring])
+        found = replace(found, codebooks=books)
     decoded = _look_up(codes, found.codebooks).reshape(rotated.shape)
     error = np.average(np.square(rotated - decoded), axis=0, weights=mass).sum() / max(variance.sum(), NO_VARIANCE)
     return replace(found, codebook_error=np.array([error], np.float32))
+
+
+def _stretch(
+    means: Floats,
+    mean: npt.NDArray[np.float64],
+    codes: Codes,
+    components: Floats,
+    mass: npt.NDArray[np.float64],
+) -> Floats:
+    """Codebooks (M, 256, d) moved away from the mean (C,), each component by as much as makes what codes (N, M) decode
+    to rise as the components (N, C) do."""
+    true = components - mean
+    decoded = _look_up(codes, means).reshape(components.shape) - mean
+    rise, run = (np.average(true * other, axis=0, weights=mass) for other in (decoded, true))
+    slope = np.divide(rise, run, where=run > NO_VARIANCE, out=np.ones_like(run))
+    stretch = (1 / np.clip(slope, 1 / MOST_STRETCHED, 1)).reshape(len(means), 1, -1)
+    middle = mean.reshape(len(means), 1, -1)
+    stretched: Floats = (middle + (means - middle) * stretch).astype(np.float32)
+    return stretched
 
 
 def deal(variances: npt.NDArray[np.float64], components: int) -> npt.NDArray[np.intp]:

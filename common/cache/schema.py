@@ -145,6 +145,11 @@ class CodecInfo:
         """Numbers in a byte of product quantisation; 0 where tokens are stored otherwise."""
         return {"pq4": 4, "pq8": 8}.get(self.tokens, 0)
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the store holds what was measured of some tokens before any was encoded."""
+        return self.quantised or self.components > 0
+
     def width(self, channels: int) -> int:
         """Elements of a stored token of so many channels. UserError where these do not fill whole bytes."""
         packed = 2 if self.tokens == "int4" else self.components or 1
