@@ -22,6 +22,7 @@ from common.images import collate
 from common.records import Batch, CachedBatch
 from common.runtime import Ranks
 from common.synthetic import draw_data_set
+from kernels import decode_tokens
 from student_train import loop
 from student_train.config import (
     DataOptions,
@@ -55,7 +56,7 @@ PATH_BOUND = 0.005  # relative, of the sum of the losses in each of 20 steps
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """scenes/: images of which one has no box. teacher.safetensors. full.zarr: lossless, each sample alone.
-    default.zarr: without options, the teacher's batches of 4. half.zarr: fp16, with the neck. int8.zarr: int8."""
+    default.zarr: without options, the teacher's batches of 4. half.zarr: fp16, with the neck. int8.zarr, pq4.zarr."""
     folder = tmp_path_factory.mktemp("live")
     draw_data_set(folder / "scenes", train_images=10, val_images=2)
     annotations = folder / "scenes" / "annotations" / "instances_train2017.json"
@@ -72,6 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dump(DumpConfig(data, teacher, StoreOptions(folder / "half.zarr", preset="half", neck=True)))
     run_dump(DumpConfig(data, teacher, StoreOptions(folder / "default.zarr")))
     run_dump(DumpConfig(data, teacher, StoreOptions(folder / "int8.zarr", tokens="int8", neck=True)))
+    run_dump(DumpConfig(data, teacher, StoreOptions(folder / "pq4.zarr", tokens="pq4", neck=True)))
     return folder
 
 
@@ -235,23 +237,21 @@ def only(**weights: float) -> DistillationOptions:
     return replace(DistillationOptions().without_losses(), **weights)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("store", ["half.zarr", "int8.zarr"])
-def test_int8_necks_decode(folder: Path, store: str) -> None:
-    """The neck as the reader gives it, decoded, against the lossless store's: relative error below .02 for int8 and
-    .001 for fp16, both teacher batches included; so the neck has statistics and scales of its own."""
+@pytest.mark.parametrize(("store", "bound"), [("half.zarr", 0.001), ("int8.zarr", 0.02), ("pq4.zarr", 0.2)])
+def test_necks_decode(folder: Path, store: str, bound: float) -> None:
+    """The neck as the reader gives it, decoded, against the lossless store's, teacher batches included: the relative
+    error below the bound; so the neck has statistics, scales and codebooks of its own."""
     full, other = CacheReader(folder / "full.zarr"), CacheReader(folder / store)
-    bound = 0.02 if store == "int8.zarr" else 0.001
     by_key = {(int(i), int(v)): r for r, (i, v) in enumerate(zip(other.table.image_id, other.table.view, strict=True))}
     for row in range(0, len(full), 5):
         same = by_key[int(full.table.image_id[row]), int(full.table.view[row])]
         batch, expected = other.read([same]), full.read([row]).neck
         assert batch.neck is not None
         assert expected is not None
-        neck = batch.neck.float()
-        if batch.neck_scales is not None:
-            assert batch.neck_channel_scale is not None
-            assert batch.neck_channel_shift is not None
-            neck = neck * batch.neck_scales.float() * batch.neck_channel_scale + batch.neck_channel_shift
+        constants = (batch.neck_scales, batch.neck_channel_scale, batch.neck_channel_shift)
+        neck = decode_tokens(batch.neck, *constants, torch.float32, batch.neck_codebooks)
+        if batch.neck_rotation is not None:
+            neck = neck @ batch.neck_rotation.T
         assert (neck - expected).norm() < bound * expected.norm()
     full.close()
     other.close()
@@ -300,6 +300,25 @@ def test_explicit_weights_win_over_the_mode() -> None:
     }  # fmt: skip
     given = DistillationOptions("released", feature_weight=3.0, contrastive_weight=0.0).weights
     assert (given.features, given.contrastive, given.logits) == (3, 0, 1)
+
+
+def test_fgd_from_codes_is_that_of_their_features(folder: Path) -> None:
+    """FGD of a student from a store of codes against that from the same features decoded beforehand: 1e-5 relative."""
+    config = configuration(folder, folder, only(fgd_weight=1.0), "pq4.zarr")
+    data = prepare_data(config.data)
+    assert data.reader is not None
+    batch, rows = first_batch(data)
+    student = prepare_student(config, data).eval()
+    cached = data.reader.read(rows)
+    assert cached.neck is not None
+    assert cached.neck_rotation is not None
+    decoded = decode_tokens(cached.neck, None, None, None, torch.float32, cached.neck_codebooks)
+    plain = replace(cached, neck=decoded @ cached.neck_rotation.T, neck_codebooks=None, neck_rotation=None)
+    (found, _), (expected, _) = (gradient(student, batch, records) for records in (cached, plain))
+    assert {name: float(loss) for name, loss in found.items()} == pytest.approx(
+        {name: float(loss) for name, loss in expected.items()}, rel=1e-5
+    )
+    assert any(name.startswith("fgd") and value > 0 for name, value in found.items())
 
 
 def test_fgd_from_the_cache_equals_a_direct_computation(folder: Path) -> None:
