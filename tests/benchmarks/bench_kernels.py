@@ -25,7 +25,8 @@ def cases() -> Iterator[Case]:
     yield _deformable("deformable attention, decoder 640x640", LEVELS_640, 300, spread=None)
     yield _deformable_forward("deformable attention, encoder 640x640, forward", LEVELS_640, tokens)
     for kind in ("int8", "int4", "pq", "float16"):
-        yield _feature_loss(f"cached feature loss, {kind}", kind, tokens)
+        yield _feature_loss(f"cached feature loss, {kind}", kind, tokens, tokens // 4)
+    yield _feature_loss("cached feature loss, pq, all tokens", "pq", tokens, tokens)
     for targets in (300, 100):
         yield _hungarian(f"hungarian, 6 layers x 2 images, 300x{targets}", targets)
     for width in (8, 4):
@@ -73,10 +74,10 @@ def _deformable_forward(name: str, levels: list[tuple[int, int]], queries: int) 
     return Case(name, step("auto"), step("reference"), "forward of one layer")
 
 
-def _feature_loss(name: str, kind: str, tokens: int) -> Case:
-    """A quarter of the tokens of each image kept, 256 channels, in the cache's usual formats."""
+def _feature_loss(name: str, kind: str, tokens: int, kept: int) -> Case:
+    """`kept` of the tokens of each image, 256 channels, in the cache's usual formats."""
     torch.manual_seed(0)
-    batch, channels, kept = 2, 256, tokens // 4
+    batch, channels = 2, 256
     student = torch.randn(batch, tokens, channels, requires_grad=True)
     positions = torch.cat([torch.randperm(tokens)[:kept].sort().values for _ in range(batch)])
     stored = {
@@ -99,7 +100,7 @@ def _feature_loss(name: str, kind: str, tokens: int) -> Case:
 
         return run
 
-    return Case(name, step("auto"), step("reference"), "forward + backward, 25% of 2 x 8500 tokens", runs=25)
+    return Case(name, step("auto"), step("reference"), f"forward + backward, {kept} of {tokens} tokens, twice", runs=25)
 
 
 def _nearest_codes(name: str, width: int) -> Case:
