@@ -6,11 +6,11 @@ and Sun, 2013, eigenvalue allocation), and each group is stored as the number of
 k-means on tokens drawn by their weight in the feature loss. Many and common values get many centroids.
 
 What a centroid decodes to is not the mean of what it stands for. That would have the least error, but it pulls every
-component towards its average, the small ones nearly all the way, and a student that learns such targets learns less
-than its teacher knows: it costs three times the AP (docs/fidelity.md). Each component is instead stretched about its
-mean until, over the tokens, decoded values rise as the true ones do. Noise, unlike that pull, averages out over tokens
-and steps. Stretching small components makes most noise; dividing each by the fourth root of its variance before
-looking for the nearest centroid, so that they get more of the 256, makes it least.
+component towards its average, the small ones nearly all the way, and a student that learns such targets learned less:
+it cost three times the AP where that was measured (docs/fidelity.md). Each component is instead stretched about its
+mean until, over the tokens, decoded values rise as the true ones do. Stretching small components makes most noise;
+dividing each by the fourth root of its variance before looking for the nearest centroid, so that they get more of the
+256, makes it least.
 
 A rotation leaves squared errors as they are. The feature loss therefore rotates the student's features and looks the
 teacher's up; nothing is rotated back in training.
