@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from kernels.jit import inlined, jit
-from kernels.threads import parallel
+from kernels.threads import finish, parallel, take
 
 # ---- vector instructions -------------------------------------------------------------------------------------------
 # LLVM does not vectorise a sum of products without being allowed to reorder every sum, nor loops over arrays that might
@@ -191,11 +191,14 @@ def _compiled(width: int, count: int) -> tuple[Callable[..., None], Callable[...
     """
 
     @jit("contract")
-    def forward(start, stop, blocks, tokens, heads, queries, value, table, locations, weights, out):  # type: ignore[no-untyped-def]
-        """Units start..stop of (sample, head, block of queries)."""
+    def forward(progress, blocks, tokens, heads, queries, value, table, locations, weights, out):  # type: ignore[no-untyped-def]
+        """A unit is one (sample, head, block of queries)."""
         row, side = np.empty(4 * count, np.int32), np.empty(8 * count, value.dtype)
         stride = heads * width
-        for unit in range(start, stop):
+        while True:
+            unit = take(progress)
+            if unit < 0:
+                break
             sample, head, block = unit // (heads * blocks), unit // blocks % heads, unit % blocks
             origin = (sample * tokens * heads + head) * width
             for q in range(queries * block // blocks, queries * (block + 1) // blocks):
@@ -211,11 +214,11 @@ def _compiled(width: int, count: int) -> tuple[Callable[..., None], Callable[...
                     _row_add(out, at * width, top * right, value, origin + row[count + s], width)
                     _row_add(out, at * width, bottom * left, value, origin + row[2 * count + s], width)
                     _row_add(out, at * width, bottom * right, value, origin + row[3 * count + s], width)
+            finish(progress)
 
     @jit("contract")
     def backward(  # type: ignore[no-untyped-def]
-        start,
-        stop,
+        progress,
         groups,
         tokens,
         heads,
@@ -229,13 +232,16 @@ def _compiled(width: int, count: int) -> tuple[Callable[..., None], Callable[...
         grad_xy,
         grad_weights,
     ):
-        """Units start..stop of (sample, head, group of levels)."""
+        """A unit is one (sample, head, group of levels)."""
         row, side, dots = (
             np.empty(4 * count, np.int32),
             np.empty(8 * count, value.dtype),
             np.empty(4 * count, value.dtype),
         )
-        for unit in range(start, stop):
+        while True:
+            unit = take(progress)
+            if unit < 0:
+                break
             sample, head, group = unit // (heads * groups), unit // groups % heads, unit % groups
             levels = table[group * 3 * count : (group + 1) * 3 * count]
             first, last = levels[2 * count], levels[3 * count - 1] + levels[count - 1] * levels[2 * count - 1]
@@ -270,6 +276,7 @@ def _compiled(width: int, count: int) -> tuple[Callable[..., None], Callable[...
                     grad_weights[point : point + count],
                     grad_xy[point * 2 : (point + count) * 2],
                 )
+            finish(progress)
 
     return forward, backward
 
@@ -281,17 +288,14 @@ def forward(value: Tensor, level_sizes: list[int], locations: Tensor, weights: T
     """As `kernels.deformable._forward`; float64 in float64, everything else in float32."""
     batch, queries, heads, levels, points, _ = locations.shape
     tokens, width = value.shape[1], value.shape[3]
-    arrays = _flat(_real(value), value, locations, weights)
+    value_, locations_, weights_ = _flat(_real(value), value, locations, weights)
     out = torch.empty(batch, queries, heads * width, dtype=_real(value))
     compiled, _ = _compiled(width, levels * points)
     table = _table(tuple(level_sizes), points, 1)
     blocks = max(1, min(queries, 64 // max(1, batch * heads)))
 
-    def work(start: int, stop: int) -> None:
-        value_, locations_, weights_ = arrays
-        compiled(start, stop, blocks, tokens, heads, queries, value_, table, locations_, weights_, out.view(-1).numpy())
-
-    parallel(work, batch * heads * blocks)
+    units, out_ = batch * heads * blocks, out.view(-1).numpy()
+    parallel(compiled, units, blocks, tokens, heads, queries, value_, table, locations_, weights_, out_)
     return out.to(value.dtype)
 
 
@@ -305,17 +309,10 @@ def backward(
     groups = levels if batch * heads < 8 else 1
     _, compiled = _compiled(width, levels // groups * points)
     table = _table(tuple(level_sizes), points, groups)
-    inputs = _flat(_real(value), grad_out, value, locations, weights)
+    grad_out_, value_, locations_, weights_ = _flat(_real(value), grad_out, value, locations, weights)
     grads = [torch.empty(tensor.shape, dtype=_real(value)) for tensor in (value, locations, weights)]
-    flat_grads = [grad.view(-1).numpy() for grad in grads]
-
-    def work(start: int, stop: int) -> None:
-        grad_out_, value_, locations_, weights_ = inputs
-        compiled(
-            start, stop, groups, tokens, heads, queries, grad_out_, value_, table, locations_, weights_, *flat_grads
-        )
-
-    parallel(work, batch * heads * groups)
+    arrays = (grad_out_, value_, table, locations_, weights_, *(grad.view(-1).numpy() for grad in grads))
+    parallel(compiled, batch * heads * groups, groups, tokens, heads, queries, *arrays)
     return grads[0].to(value.dtype), grads[1].to(locations.dtype), grads[2].to(weights.dtype)
 
 

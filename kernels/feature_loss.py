@@ -49,15 +49,28 @@ def cached_feature_loss(
     GPU that would wait for the device).
     """
     _check(student, tokens, positions, weights, offsets, scales, channel_scale, channel_shift, codebooks)
-    if student.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_indices(positions, offsets, student.shape[1])
-    every = torch.arange(len(offsets) - 1, device=offsets.device)
-    samples = torch.repeat_interleave(every, offsets.diff(), output_size=len(positions))
-    rows = samples * student.shape[1] + positions  # of the flattened (B*T, C) student
     chosen = choose("cached feature loss", backend, student)
-    inputs = (student, tokens, rows, weights, scales, channel_scale, channel_shift, codebooks)
-    loss: Tensor = cached_feature_loss_reference(*inputs) if chosen == "reference" else _forward(*inputs, chosen)
+    factors = (weights, scales, channel_scale, channel_shift, codebooks)
+    loss: Tensor
+    if chosen == "cpu" and _wants_gradient(student) and not torch.compiler.is_compiling():
+        loss = _module("cpu").InOnePass.apply(student, tokens, positions, offsets, *factors)
+        return loss
+    inputs = (student, tokens, _rows(positions, offsets, student.shape[1]), *factors)
+    loss = cached_feature_loss_reference(*inputs) if chosen == "reference" else _forward(*inputs, chosen)
     return loss
+
+
+def _wants_gradient(student: Tensor) -> bool:
+    """One that need not be rounded before it is multiplied by the loss's own."""
+    return student.requires_grad and torch.is_grad_enabled() and student.dtype in (torch.float32, torch.float64)
+
+
+def _rows(positions: Tensor, offsets: Tensor, length: int) -> Tensor:
+    """Each token's row (S,) in the flattened (B * length, C) student."""
+    if positions.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.from_numpy(_module("cpu").rows_of(positions, offsets, length))
+    every = torch.arange(len(offsets) - 1, device=offsets.device)
+    return torch.repeat_interleave(every, offsets.diff(), output_size=len(positions)) * length + positions
 
 
 def _module(backend: str) -> ModuleType:
@@ -194,13 +207,3 @@ def _check_codebooks(codebooks: Tensor, tokens: Tensor, channels: int) -> None:
     shape = codebooks.shape
     if len(shape) != 3 or shape[1] != 256 or shape[0] * shape[2] != channels:
         raise ValueError(f"codebooks must be (M, 256, d) with M * d = {channels} channels, got {tuple(shape)}")
-
-
-def _check_indices(positions: Tensor, offsets: Tensor, length: int) -> None:
-    kept = len(positions)
-    if kept:
-        least, most = (int(found) for found in torch.aminmax(positions))
-        if least < 0 or most >= length:
-            raise ValueError(f"positions must lie in 0..{length - 1}, found {least}..{most}")
-    if offsets[0] != 0 or offsets[-1] != kept or bool((offsets.diff() < 0).any()):
-        raise ValueError(f"offsets must rise from 0 to {kept}, the number of tokens, got {offsets.tolist()}")

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from kernels.jit import inlined, jit
-from kernels.threads import parallel
+from kernels.threads import finish, parallel, take
 
 CODES = 256  # centroids of a group, so that a code is a byte
 _BLOCK = 4096  # tokens whose distances exist at once, in the plain version
+_TOGETHER = 512  # tokens that a thread takes at a time
 
 
 def nearest_codes(features: Tensor, codebooks: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ def _on_cpu(features: Tensor, codebooks: Tensor) -> Tensor:
     found = torch.empty((len(features), len(codebooks)), dtype=torch.uint8)
     half_norms = (codebooks.square().sum(2) / 2).numpy()
     arrays = (features.contiguous().numpy(), codebooks.transpose(1, 2).contiguous().numpy(), half_norms, found.numpy())
-    parallel(lambda start, stop: _nearest(start, stop, *arrays), len(features))
+    parallel(_nearest, -(-len(features) // _TOGETHER), *arrays)
     return found
 
 
@@ -70,31 +71,36 @@ def _distances_of_8(row, part, book, half, distance):  # type: ignore[no-untyped
 
 
 @jit("contract", "reassoc", "nnan", "nsz")
-def _nearest(start, stop, features, transposed, half_norms, found):  # type: ignore[no-untyped-def]
+def _nearest(progress, features, transposed, half_norms, found):  # type: ignore[no-untyped-def]
     """transposed: the codebooks as (M, C/M, 256), so that the 256 distances of a part are computed side by side, from a
     codebook that stays in the first-level cache while all tokens pass."""
     width = transposed.shape[1]
     distance = np.empty(256, np.float32)
     bits, order = distance.view(np.int32), np.empty(256, np.int32)
-    for m in range(transposed.shape[0]):
-        book, half, part = transposed[m], half_norms[m], m * width
-        for s in range(start, stop):
-            if width == 8:
-                _distances_of_8(features[s], part, book, half, distance)
-            else:
-                for k in range(256):
-                    distance[k] = half[k]
-                for j in range(width):
-                    value = features[s, part + j]
+    while True:
+        block = take(progress)
+        if block < 0:
+            break
+        for m in range(transposed.shape[0]):
+            book, half, part = transposed[m], half_norms[m], m * width
+            for s in range(block * _TOGETHER, min((block + 1) * _TOGETHER, len(features))):
+                if width == 8:
+                    _distances_of_8(features[s], part, book, half, distance)
+                else:
                     for k in range(256):
-                        distance[k] -= value * book[j, k]
-            # Floats compare like their bits as whole numbers, once those of negative ones are turned round; and only
-            # the least of whole numbers is something that compilers find side by side.
-            least = np.int32(2**31 - 1)
-            for k in range(256):
-                order[k] = bits[k] ^ ((bits[k] >> np.int32(31)) & np.int32(2**31 - 1))
-                least = min(least, order[k])
-            code = np.int32(255)
-            for k in range(256):
-                code = min(code, np.int32(k) if order[k] == least else np.int32(255))
-            found[s, m] = code
+                        distance[k] = half[k]
+                    for j in range(width):
+                        value = features[s, part + j]
+                        for k in range(256):
+                            distance[k] -= value * book[j, k]
+                # Floats compare like their bits as whole numbers, once those of negative ones are turned round; and
+                # only the least of whole numbers is something that compilers find side by side.
+                least = np.int32(2**31 - 1)
+                for k in range(256):
+                    order[k] = bits[k] ^ ((bits[k] >> np.int32(31)) & np.int32(2**31 - 1))
+                    least = min(least, order[k])
+                code = np.int32(255)
+                for k in range(256):
+                    code = min(code, np.int32(k) if order[k] == least else np.int32(255))
+                found[s, m] = code
+        finish(progress)

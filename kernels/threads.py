@@ -1,4 +1,4 @@
-"""Threads for the CPU versions: one pool of plain Python threads that run functions which release the GIL.
+"""Threads for the CPU versions: one pool of plain Python threads that run compiled functions without the GIL.
 
 Why not numba's own `parallel=True`: its workqueue layer aborts the process when two Python threads enter it at once (a
 data loader's thread beside autograd's); its OpenMP layer aborts a forked child that uses it after its parent did
@@ -8,16 +8,22 @@ take their number from `torch.get_num_threads()` at every call, and leave the or
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 import torch
+from numba import types
+from numba.extending import intrinsic
 
-_CHUNKS_PER_THREAD = 4  # more chunks than threads, so that a core that others also use does not hold up the rest
+from kernels.jit import inlined, jit
+
+_TAKEN, _DONE, _ALL = 0, 1, 2  # units, counted in `progress`
 
 _pool: ThreadPoolExecutor | None = None
+_sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
 
 
 def pool() -> ThreadPoolExecutor:
@@ -37,28 +43,50 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pool)
 
 
-def parallel(function: Callable[[int, int], None], count: int) -> None:
-    """Call `function(start, stop)` on pieces of range(count), on `torch.get_num_threads()` threads, caller included.
+def parallel(kernel: Callable[..., None], units: int, *arguments: Any) -> None:
+    """Do `units` units of work on `torch.get_num_threads()` threads, caller included.
 
-    `function` must release the GIL to gain anything, and its pieces must write to disjoint memory.
+    Each thread calls `kernel(progress, *arguments)`, compiled by `jit`, which does one unit after another until `take`
+    gives none. Units must write to disjoint memory. Nobody waits for a thread that comes too late to find one: it may
+    take milliseconds to wake up, or to get the GIL for its call.
     """
-    threads = min(torch.get_num_threads(), count)
-    if threads <= 1:
-        if count:
-            function(0, count)
-        return
-    pieces = min(count, threads * _CHUNKS_PER_THREAD)
-    bounds = [count * i // pieces for i in range(pieces + 1)]
-    chunks = itertools.pairwise(bounds)  # shared: each thread takes the next one when it is free
-
-    futures = [pool().submit(_work, function, chunks) for _ in range(threads - 1)]
-    try:
-        _work(function, chunks)
-    finally:
-        for future in futures:
-            future.result()
+    threads = min(torch.get_num_threads(), units)
+    progress = np.array([0, 0, units])
+    for _ in range(threads - 1):
+        pool().submit(kernel, progress, *arguments)
+    kernel(progress, *arguments)
+    if threads > 1:
+        _wait(progress)
 
 
-def _work(function: Callable[[int, int], None], chunks: Iterator[tuple[int, int]]) -> None:
-    for start, stop in chunks:
-        function(start, stop)
+def _add_one(context: Any, counters: Any, index: Any) -> Any:
+    """counters[index] += 1, in one step among all threads; what it was before."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        place = builder.gep(array.data, [arguments[1]])
+        return builder.atomic_rmw("add", place, context.get_constant(types.int64, 1), "seq_cst")
+
+    return types.int64(counters, types.int64), generate
+
+
+add_one: Any = intrinsic(_add_one)
+
+
+@inlined()
+def take(progress):  # type: ignore[no-untyped-def]
+    """The next unit that nobody has taken, for this thread to do; -1 if there is none."""
+    unit = add_one(progress, _TAKEN)
+    return unit if unit < progress[_ALL] else -1
+
+
+@inlined()
+def finish(progress):  # type: ignore[no-untyped-def]
+    """To be called after each unit, when all is written."""
+    add_one(progress, _DONE)
+
+
+@jit()
+def _wait(progress):  # type: ignore[no-untyped-def]
+    while progress[_DONE] < progress[_ALL]:  # the others are at their last units
+        _sched_yield()

@@ -116,6 +116,31 @@ def test_same_bits_for_any_number_of_threads() -> None:
         assert all(torch.equal(found, expected) for found, expected in zip(result, results[0], strict=True))
 
 
+@pytest.mark.parametrize("name", ["int8, groups", "codes for 4", "float16"])
+def test_going_back_twice(name: str) -> None:
+    """A second backward pass through one graph gives three times the first's gradient where the loss's own is three
+    times as large, within a rounding step, and leaves the first as it was; without a gradient the loss has the same
+    bits."""
+    case = inputs(name, length=400, counts=(300, 0, 123))
+    loss = cached_feature_loss(*case.arguments(), backend="cpu")
+    (first,) = torch.autograd.grad(loss, case.student, retain_graph=True)
+    before = first.clone()
+    (second,) = torch.autograd.grad(loss, case.student, torch.tensor(3.0))
+    torch.testing.assert_close(second, 3 * first, rtol=1e-6, atol=0)
+    assert torch.equal(first, before)
+    with torch.no_grad():
+        assert torch.equal(cached_feature_loss(*case.arguments(), backend="cpu"), loss)
+
+
+def test_second_derivatives_are_refused() -> None:
+    """The gradient's own gradient is not computed, so that asking for it is an error."""
+    case = inputs("int8")
+    loss = cached_feature_loss(*case.arguments(), backend="cpu")
+    (grad,) = torch.autograd.grad(loss, case.student, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        grad.sum().backward()
+
+
 def test_no_tokens_at_all() -> None:
     """A batch that kept nothing has loss zero and a gradient of zeros."""
     case = inputs("int8", counts=(0, 0))
