@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from common.augment import AugmentPolicy, apply_boxes, apply_image, draw, draw_many
-from common.cache.reader import BatchBuffers, CacheReader, CorruptRecord
+from common.cache.buffers import BatchBuffers
+from common.cache.reader import CacheReader, CorruptRecord
 from common.coco import Annotations
 from common.errors import UserError
 from common.images import collate, decode_image, normalise, read_image

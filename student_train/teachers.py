@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.cache.buffers import BatchBuffers
 from common.cache.members import member_names, member_path, nearest
 from common.cache.plan import SampleTable
-from common.cache.reader import BatchBuffers, CacheReader, CorruptRecord
+from common.cache.reader import CacheReader, CorruptRecord
 from common.cache.schema import differences
 from common.errors import UserError
 from common.philox import choose, philox_words

@@ -13,6 +13,7 @@ import torch
 import zarr
 
 from common.augment import flip_policy
+from common.cache.buffers import BatchBuffers
 from common.cache.codec import (
     SCORE_ERROR,
     STEP_ERROR,
@@ -26,7 +27,7 @@ from common.cache.codec import (
     unpack_int4,
 )
 from common.cache.plan import Plan, field_bytes, make_plan, store_bytes
-from common.cache.reader import BatchBuffers, CacheReader, CorruptRecord, read_manifest
+from common.cache.reader import CacheReader, CorruptRecord, read_manifest
 from common.cache.schema import (
     CodecInfo,
     DataInfo,

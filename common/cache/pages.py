@@ -8,17 +8,19 @@ queue for the GIL where records are small.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
-from typing import Any
+import weakref
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import numpy.typing as npt
 from numba import types
-from numba.extending import intrinsic
 
 from common.cache import crc32c
 from common.cache.schema import CHECKSUM_BYTES
+from kernels.threads import add_one
 
 GROUP_BYTES = 2**18  # a piece: read at once and checked before the next, in a core's second-level cache
 GROUP_PAGES = 256  # two buffers a page: below every system's IOV_MAX of 1024
@@ -35,51 +37,91 @@ _memcpy: Any = types.ExternalFunction("memcpy", types.uint64(types.uint64, types
 _sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where the records of a batch are in their shard files and where they go: B samples, F fields, int64.
+# Rows of Placement.samples and of Placement.fields.
+SHARD, ROW, PAGE, TOKENS = 0, 1, 2, 3
+PER_TOKEN, ROW_BYTES, PAGE_BYTES, FILE = 0, 1, 2, 3
 
-    row_in_shard, page_in_shard: (B,) its row in sample fields and its first page in token fields, counted in its own
-    shard. token_offsets: (B + 1,) of its token rows in the batch. address: (F,) of the first row. per_token: (F,)
-    bool. row_bytes: (F,). page_bytes: (F,) of a page without its checksum.
+
+class Placement(NamedTuple):
+    """Where the records of a batch are in their shard files and where they go: B samples, F fields, all int64.
+
+    samples: (4, B + 1). SHARD: which it is in. ROW, PAGE: its row in sample fields and its first page in token fields,
+    counted in its own shard. TOKENS: where its token rows begin in the batch; the last entry is their number.
+    fields: (4, F). PER_TOKEN: 1 for token fields. ROW_BYTES. PAGE_BYTES: of a page without its checksum. FILE: which of
+    a shard's files it is. address: (F,) of the first row.
     """
 
-    row_in_shard: Integers
-    page_in_shard: Integers
-    token_offsets: Integers
+    samples: Integers
+    fields: Integers
     address: Integers
-    per_token: npt.NDArray[np.bool_]
-    row_bytes: Integers
-    page_bytes: Integers
 
     def range_of(self, sample: int, field: int) -> tuple[int, int, int]:
         """Byte offset of its first page, address and bytes of its rows; the last page may have more."""
-        offset, address, size = _range_of(*vars(self).values(), sample, field)  # type: ignore[call-arg]
+        offset, address, size = _range_of(*self, sample, field)
         return int(offset), int(address), int(size)
 
 
-@dataclass(frozen=True)
-class Pieces:
+class Pieces(NamedTuple):
     """The samples of a batch to be read, cut into pieces that threads take one after another until none is left.
 
-    samples: (N,) which of the batch. files: (N, F) descriptors of their shard files. progress: (2,), how many pieces
+    samples: (N,) which of the batch. files: (N, files of a shard) int32 descriptors. progress: (2,), how many pieces
     were taken and how many of them are done. found: (N, F), WHOLE, ENDS_EARLY or CHANGED.
     """
 
     samples: Integers
-    files: Integers
+    files: npt.NDArray[np.int32]
     progress: Integers
     found: npt.NDArray[np.int8]
 
-    @classmethod
-    def of(cls, samples: Integers, files: Integers) -> Pieces:
-        return cls(samples, files, np.zeros(2, np.int64), np.zeros(files.shape, np.int8))
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def place_samples(
+    rows: Any, token_count: Any, token_offset: Any, shard_samples: int, shard_tokens: int, page_tokens: int
+) -> Any:
+    """Placement.samples of these rows (B,) of the sample table, whose columns token_count and token_offset are."""
+    samples = np.empty((4, len(rows) + 1), np.int64)
+    samples[TOKENS, 0] = 0
+    for i in range(len(rows)):
+        shard = rows[i] // shard_samples
+        samples[SHARD, i] = shard
+        samples[ROW, i] = rows[i] - shard * shard_samples
+        samples[PAGE, i] = (token_offset[rows[i]] - shard * shard_tokens) // page_tokens
+        samples[TOKENS, i + 1] = samples[TOKENS, i] + token_count[rows[i]]
+    return samples
 
 
-def read_pieces(placement: Placement, pieces: Pieces, leave_bytes: int, verify: bool) -> None:
+def read_pieces(placement: Placement, pieces: Pieces, leave_bytes: int, verify: bool) -> bool:
     """Take pieces and read them, until none is left but those of the last `leave_bytes`. With 0 to leave, return when
-    all pieces are done, by whichever thread."""
-    _read_pieces(*vars(placement).values(), *vars(pieces).values(), leave_bytes, verify)  # type: ignore[call-arg]
+    all pieces are done, by whichever thread: whether all are whole."""
+    return bool(_read_pieces(*placement, *pieces, leave_bytes, verify))
+
+
+class ReadingThreads:
+    """Threads that read beside the caller. They end with this object, or when `stop` is called."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._jobs: SimpleQueue[tuple[Any, ...] | None] = SimpleQueue()
+        self.stop = weakref.finalize(self, _stop, self._jobs, count)
+        for _ in range(count):
+            Thread(target=_work, args=(self._jobs,), name="cache-reader", daemon=True).start()
+
+    def start(self, *job: Any) -> bool:
+        """Have each of them call `read_pieces` with these arguments. Whether there are any."""
+        for _ in range(self.count):
+            self._jobs.put(job)
+        return self.count > 0
+
+
+def _work(jobs: SimpleQueue[tuple[Any, ...] | None]) -> None:
+    while (job := jobs.get()) is not None:
+        read_pieces(*job)
+        del job  # its files and memory, before the next one comes
+
+
+def _stop(jobs: SimpleQueue[tuple[Any, ...] | None], count: int) -> None:
+    for _ in range(count):
+        jobs.put(None)
 
 
 def memory_at(address: int, size: int) -> npt.NDArray[np.uint8]:
@@ -88,23 +130,13 @@ def memory_at(address: int, size: int) -> npt.NDArray[np.uint8]:
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _range_of(
-    row_in_shard: Any,
-    page_in_shard: Any,
-    token_offsets: Any,
-    address: Any,
-    per_token: Any,
-    row_bytes: Any,
-    page_bytes: Any,
-    sample: Any,
-    field: Any,
-) -> Any:
-    first_page, first_row, rows = row_in_shard[sample], sample, 1
-    if per_token[field]:
-        first_page, first_row = page_in_shard[sample], token_offsets[sample]
-        rows = token_offsets[sample + 1] - first_row
-    offset = first_page * (page_bytes[field] + CHECKSUM_BYTES)
-    return offset, address[field] + first_row * row_bytes[field], rows * row_bytes[field]
+def _range_of(samples: Any, fields: Any, address: Any, sample: Any, field: Any) -> Any:
+    first_page, first_row, rows = samples[ROW, sample], sample, 1
+    if fields[PER_TOKEN, field]:
+        first_page, first_row = samples[PAGE, sample], samples[TOKENS, sample]
+        rows = samples[TOKENS, sample + 1] - first_row
+    offset, row_bytes = first_page * (fields[PAGE_BYTES, field] + CHECKSUM_BYTES), fields[ROW_BYTES, field]
+    return offset, address[field] + first_row * row_bytes, rows * row_bytes
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -151,73 +183,46 @@ def _read_stripped(file: Any, at: Any, page: Any, pages: Any, into: Any, size: A
     return WHOLE
 
 
-def _add_one(context: Any, counters: Any, index: Any) -> Any:
-    """counters[index] += 1, in one step among all threads; what it was before."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        place = builder.gep(array.data, [arguments[1]])
-        return builder.atomic_rmw("add", place, context.get_constant(types.int64, 1), "seq_cst")
-
-    return types.int64(counters, types.int64), generate
-
-
-_add: Any = intrinsic(_add_one)
-
-
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _read_pieces(
-    row_in_shard: Any,
-    page_in_shard: Any,
-    token_offsets: Any,
-    address: Any,
-    per_token: Any,
-    row_bytes: Any,
-    page_bytes: Any,
     samples: Any,
+    fields: Any,
+    address: Any,
+    chosen: Any,
     files: Any,
     progress: Any,
     found: Any,
     leave_bytes: int,
     verify: bool,
-) -> None:
-    aside = np.empty(max(GROUP_BYTES, page_bytes.max()), dtype=np.uint8)
+) -> Any:
+    aside = np.empty(max(GROUP_BYTES, fields[PAGE_BYTES].max()), dtype=np.uint8)
     buffers = np.empty((2 * GROUP_PAGES + 1, 2), dtype=np.int64)  # address and size of each: C's struct iovec
-    token_bytes, sample_bytes = row_bytes[per_token].sum(), row_bytes[~per_token].sum()
     remaining = 0
-    for sample in samples:
-        remaining += sample_bytes + token_bytes * (token_offsets[sample + 1] - token_offsets[sample])
-    piece, mine = 0, _add(progress, 0)
-    for i in range(len(samples)):
-        for field in range(len(row_bytes)):
-            at, into, left = _range_of(
-                row_in_shard,
-                page_in_shard,
-                token_offsets,
-                address,
-                per_token,
-                row_bytes,
-                page_bytes,
-                samples[i],
-                field,
-            )
-            page = page_bytes[field]
+    for i in range(len(chosen)):
+        for field in range(len(address)):
+            remaining += _range_of(samples, fields, address, chosen[i], field)[2]
+    piece, mine = 0, add_one(progress, 0)
+    for i in range(len(chosen)):
+        for field in range(len(address)):
+            at, into, left = _range_of(samples, fields, address, chosen[i], field)
+            page, file = fields[PAGE_BYTES, field], files[i, fields[FILE, field]]
             while left > 0:
                 pages = min(max(1, GROUP_BYTES // (page + CHECKSUM_BYTES)), GROUP_PAGES, -(-left // page))
                 size = min(left, pages * page)
                 if piece == mine:
                     if page >= SCATTERED_BYTES:
-                        state = _read_scattered(files[i, field], at, page, pages, into, size, aside, buffers, verify)
+                        state = _read_scattered(file, at, page, pages, into, size, aside, buffers, verify)
                     else:
-                        state = _read_stripped(files[i, field], at, page, pages, into, size, aside, verify)
+                        state = _read_stripped(file, at, page, pages, into, size, aside, verify)
                     if state != WHOLE:
                         found[i, field] = state
-                    _add(progress, 1)
+                    add_one(progress, 1)
                     if leave_bytes > 0 and remaining - size <= leave_bytes:
-                        return
-                    mine = _add(progress, 0)
+                        return False
+                    mine = add_one(progress, 0)
                 at, into, left = at + pages * (page + CHECKSUM_BYTES), into + size, left - size
                 remaining -= size
                 piece += 1
     while leave_bytes == 0 and progress[1] < piece:  # the others are at their last pieces
         _sched_yield()
+    return not found.any()

@@ -11,20 +11,31 @@ import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from common.cache.buffers import BatchBuffers
 from common.cache.members import member_names, member_path
-from common.cache.pages import REASONS, WHOLE, Pieces, Placement, memory_at, read_pieces
+from common.cache.pages import (
+    PAGE_BYTES,
+    REASONS,
+    SHARD,
+    TOKENS,
+    Pieces,
+    Placement,
+    ReadingThreads,
+    memory_at,
+    place_samples,
+    read_pieces,
+)
 from common.cache.plan import SampleTable, level_strides
-from common.cache.schema import ATTRIBUTE, CHECKSUM_BYTES, Manifest
+from common.cache.schema import ATTRIBUTE, CHECKSUM_BYTES, Field, Manifest
 from common.cache.shards import DamagedShard, LocalCopies, LocalShard, OpenShards, RemoteShard
 from common.cache.storage import Bucket, Location, Storage, locate, read_array
 from common.cache.writer import CONSTANTS_GROUP, finished_shards, read_skipped, read_table, shard_key
@@ -34,6 +45,12 @@ from common.records import CachedBatch
 READ_THREADS = 2  # more gain nothing from a page cache; from a fast disk that is not cached they may
 LEFT_BYTES = 3 * 2**19  # of a batch, that the other threads read while this one puts it together
 REQUESTS = 16  # to a bucket, at once
+
+ASSIGNMENT_AS_INT64 = "assignment as int64"
+DECODING = (  # constants of the store that a batch carries
+    *("channel_scale", "channel_shift", "codebooks", "rotation"),
+    *("neck_channel_scale", "neck_channel_shift", "neck_codebooks", "neck_rotation"),
+)
 
 Verify = Literal["first", "always", "never"]
 Rows = npt.NDArray[np.int64]
@@ -45,38 +62,6 @@ class CorruptRecord(UserError):
     def __init__(self, message: str, *, row: int, image_id: int, view: int, shard: int) -> None:
         super().__init__(message)
         self.row, self.image_id, self.view, self.shard = row, image_id, view, shard
-
-
-@dataclass
-class BatchBuffers:
-    """Memory that one batch is read into, reused by later batches: it grows to the largest batch and stays.
-
-    The tensors of a CachedBatch are views of it; they are valid until it is passed to `read` again.
-    """
-
-    pin: bool = False
-    _whole: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
-    _last: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
-    _address: dict[tuple[str, tuple[int, ...]], int] = field(default_factory=dict)
-
-    def address(self, name: str, count: int, row_shape: tuple[int, ...], dtype: str) -> int:
-        """Where `count` rows begin."""
-        key = name, row_shape
-        whole = self._whole.get(key)
-        if whole is None or len(whole) < count:
-            shape = (count + count // 4, *row_shape)
-            self._whole[key] = torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=self.pin)
-            self._last[key], self._address[key] = self._whole[key], self._whole[key].data_ptr()
-        return self._address[key]
-
-    def rows(self, name: str, count: int, row_shape: tuple[int, ...], dtype: str) -> Tensor:
-        """They, as a tensor (count, *row_shape). What was given last is given again if it is as long: a view costs
-        torch tens of microseconds after reading has emptied the processor's caches."""
-        self.address(name, count, row_shape, dtype)
-        key = name, row_shape
-        if len(self._last[key]) != count:
-            self._last[key] = self._whole[key].narrow(0, 0, count)
-        return self._last[key]
 
 
 class CacheReader:
@@ -109,19 +94,19 @@ class CacheReader:
         self._verify = verify
         self.choose_fields({field.name for field in self.manifest.fields()})
         teacher = self.manifest.teacher
-        self._assigned = (teacher.layers, teacher.queries)
         # Plain views: memory maps take several times as long to index.
         self._token_count, self._token_offset = np.asarray(self.table.token_count), np.asarray(self.table.token_offset)
         self._no_queries = torch.empty((0, teacher.layers, teacher.queries, teacher.channels), dtype=torch.float16)
         self._every_position = np.arange(self.table.token_count.max(initial=0), dtype=np.int32)
+        self._decoding = {name: self.constants.get(name) for name in DECODING}
         self._strides = torch.tensor(teacher.strides, dtype=torch.float32)[:, None].expand(-1, 2)
         remote = isinstance(self.storage, Bucket)
         self.copies: LocalCopies | None = None
         if isinstance(self.storage, Bucket) and local_cache is not None:
             self.copies = LocalCopies(self.storage, self.manifest, local_cache, local_cache_bytes)
         self._shards = OpenShards(self.storage, self.manifest, self.table, self.copies)
-        self._helpers = threads - 1
-        self._pool = ThreadPoolExecutor(REQUESTS if remote else max(1, threads - 1), "cache-reader")
+        self._threads = ReadingThreads(threads - 1)
+        self._requests = ThreadPoolExecutor(REQUESTS, "cache-reader") if remote else None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -158,9 +143,20 @@ class CacheReader:
             if field.name not in names
         }
         self._verified = np.zeros(len(self.table), dtype=bool)
-        self._per_token = np.array([f.per == "token" for f in self.fields])
-        self._row_bytes = np.array([f.row_bytes for f in self.fields])
-        self._page_bytes = np.array([layout.page_bytes(f) - CHECKSUM_BYTES for f in self.fields])
+        self._unverified = len(self.table)
+        rows_of_placement = (
+            [f.per == "token" for f in self.fields],
+            [f.row_bytes for f in self.fields],
+            [layout.page_bytes(f) - CHECKSUM_BYTES for f in self.fields],
+            self._file_of_field,
+        )
+        self._of_fields = np.array(rows_of_placement, dtype=np.int64)
+        teacher = self.manifest.teacher
+        made = [Field(ASSIGNMENT_AS_INT64, "sample", (teacher.layers, teacher.queries), "int64")]
+        self._stored = {field.name for field in every}
+        if "token_positions" not in self._stored:
+            made.append(Field("token_positions", "token", (), "int32"))
+        self._buffered = (*self.fields, *made)
 
     def read(self, rows: Sequence[int] | npt.NDArray[np.intp], buffers: BatchBuffers | None = None) -> CachedBatch:
         """The records of these samples, in this order. CorruptRecord names the sample and the shard."""
@@ -183,72 +179,71 @@ class CacheReader:
             left = left[~np.isin(left, [error.row for error in damaged])]
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._threads.stop()
+        if self._requests is not None:
+            self._requests.shutdown(cancel_futures=True)
         if self.copies is not None:
             self.copies.close()
         self._shards.close()
 
     def _read(self, rows: Rows, buffers: BatchBuffers) -> tuple[CachedBatch, tuple[CorruptRecord, ...]]:
-        """A batch; the records named as corrupt have no meaning in it."""
+        """A batch; the records named as corrupt have no meaning in it.
+
+        Between batches no thread reads, and after reading all code is slow, for it has left the processor's caches. So
+        little comes before the threads begin or after they are done; the batch is put together while they read.
+        """
         layout = self.manifest.layout
-        token_offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum(self._token_count[rows], out=token_offsets[1:])
-        tokens = int(token_offsets[-1])
-        wanted = [(f.name, tokens if f.per == "token" else len(rows), f.row_shape, f.dtype) for f in self.fields]
-        shards, row_in_shard = np.divmod(rows, layout.shard_samples)
-        placement = Placement(
-            row_in_shard=row_in_shard,
-            page_in_shard=(self._token_offset[rows] - shards * layout.shard_tokens) // layout.page_tokens,
-            token_offsets=token_offsets,
-            address=np.array([buffers.address(*of_field) for of_field in wanted]),
-            per_token=self._per_token,
-            row_bytes=self._row_bytes,
-            page_bytes=self._page_bytes,
+        samples = place_samples(
+            rows, self._token_count, self._token_offset, layout.shard_samples, layout.shard_tokens, layout.page_tokens
         )
-        opened = self._shards.get(shards.tolist())
+        address = buffers.fit(self._buffered, len(rows), int(samples[TOKENS, -1]))
+        placement = Placement(samples, self._of_fields, address[: len(self.fields)])
+        opened = self._shards.get(samples[SHARD, :-1].tolist())
+        verify = self._verify == "always" or (
+            self._verify == "first" and self._unverified > 0 and not self._verified[rows].all()
+        )
         local = {index: shard for index, shard in enumerate(opened) if isinstance(shard, LocalShard)}
-        damaged, remote = {}, {}
+        under_way = [self._read_local(local, placement, verify)] if local else []
+        damaged: dict[int, DamagedShard] = {}
         if len(local) < len(opened):
             damaged = {index: shard for index, shard in enumerate(opened) if isinstance(shard, DamagedShard)}
             remote = {index: shard for index, shard in enumerate(opened) if isinstance(shard, RemoteShard)}
-        verify = self._verify == "always" or (self._verify == "first" and not self._verified[rows].all())
-        under_way = [self._start_remote(remote, placement)] if remote else []
-        under_way += [self._read_local(local, placement, shards, verify)] if local else []
-        read = {of_field[0]: buffers.rows(*of_field) for of_field in wanted} | self._left_out
-        batch = self._batch(rows, token_offsets, read, buffers)  # while the others read
+            under_way.append(self._start_remote(remote, placement))
+        tokens = int(samples[TOKENS, -1])
+        read = {f.name: buffers.rows(f.name, tokens if f.per == "token" else len(rows)) for f in self._buffered}
+        read |= self._left_out
+        batch = self._batch(rows, samples[TOKENS], read)
         for finish in under_way:
             damaged |= finish()
         np.copyto(batch.assignment.numpy(), read["assignment"].numpy())  # a fifth of what torch takes
         if verify:
             self._verified[np.delete(rows, list(damaged))] = True
+            self._unverified = int((~self._verified).sum())
+        if not damaged:
+            return batch, ()
         return batch, tuple(self._corrupt(int(rows[index]), damage) for index, damage in sorted(damaged.items()))
 
     def _read_local(
-        self, local: dict[int, LocalShard], placement: Placement, shards: Rows, verify: bool
+        self, local: dict[int, LocalShard], placement: Placement, verify: bool
     ) -> Callable[[], dict[int, DamagedShard]]:
         """Read samples of open files, with the other threads, but for the last few pieces. Calling the result reads
-        these and returns which samples are damaged.
-
-        Every thread takes pieces in one call: between calls they would wait for the GIL. The others go on while this
-        one puts the batch together.
-        """
-        samples = np.fromiter(local, dtype=np.int64, count=len(local))
-        files = np.array([opened.descriptors for opened in local.values()])[:, self._file_of_field]
-        pieces = Pieces.of(samples, files)
-        for _ in range(self._helpers):
-            self._pool.submit(read_pieces, placement, pieces, 1, verify)
-        if self._helpers:
+        these and returns which samples are damaged."""
+        descriptors = b"".join([shard.descriptors for shard in local.values()])
+        files = np.frombuffer(descriptors, np.int32).reshape(len(local), -1)
+        found = np.zeros((len(local), len(self.fields)), np.int8)
+        pieces = Pieces(np.array(list(local)), files, np.zeros(2, np.int64), found)
+        if self._threads.start(placement, pieces, 1, verify):
             read_pieces(placement, pieces, LEFT_BYTES, verify)
 
         def finish() -> dict[int, DamagedShard]:
-            read_pieces(placement, pieces, 0, verify)
-            found = pieces.found
-            return {
-                int(samples[i]): DamagedShard(
-                    shard_key(self.fields[f], int(shards[samples[i]])), REASONS[int(found[i, f])]
-                )
-                for i, f in (np.argwhere(found != WHOLE) if found.any() else ())
-            }
+            if read_pieces(placement, pieces, 0, verify):
+                return {}
+            damaged = {}
+            for i, f in np.argwhere(found).tolist():
+                sample = int(pieces.samples[i])
+                key = shard_key(self.fields[f], int(placement.samples[SHARD, sample]))
+                damaged[sample] = DamagedShard(key, REASONS[int(found[i, f])])
+            return damaged
 
         return finish
 
@@ -260,13 +255,14 @@ class CacheReader:
         def read(index: int, f: int) -> DamagedShard | None:
             offset, address, size = placement.range_of(index, f)
             try:
-                file, page_bytes = self._file_of_field[f], int(self._page_bytes[f])
+                file, page_bytes = self._file_of_field[f], int(placement.fields[PAGE_BYTES, f])
                 remote[index].read_pages(file, offset, page_bytes, memory_at(address, size))
             except DamagedShard as error:
                 return error
             return None
 
-        asked = {index: [self._pool.submit(read, index, f) for f in range(len(self.fields))] for index in remote}
+        pool = cast(ThreadPoolExecutor, self._requests)
+        asked = {index: [pool.submit(read, index, f) for f in range(len(self.fields))] for index in remote}
 
         def finish() -> dict[int, DamagedShard]:
             wait([future for futures in asked.values() for future in futures])  # none may write to buffers any more
@@ -286,11 +282,10 @@ class CacheReader:
             shard=row // self.manifest.layout.shard_samples,
         )
 
-    def _batch(self, rows: Rows, token_offsets: Rows, read: dict[str, Tensor], buffers: BatchBuffers) -> CachedBatch:
-        positions = read.get("token_positions")
-        if positions is None:
-            positions = buffers.rows("token_positions", int(token_offsets[-1]), (), "int32")
-            filled = positions.numpy()  # torch.cat would wait for threads that are busy reading
+    def _batch(self, rows: Rows, token_offsets: Rows, read: dict[str, Tensor]) -> CachedBatch:
+        """The batch, while its fields are read; its assignment, which is stored in another dtype, follows later."""
+        if "token_positions" not in self._stored:
+            filled = read["token_positions"].numpy()  # torch.cat would wait for threads that are busy reading
             for begin, end in pairwise(token_offsets.tolist()):
                 filled[begin:end] = self._every_position[: end - begin]
         if self.manifest.teacher.input_size is None:
@@ -301,9 +296,7 @@ class CacheReader:
         return CachedBatch(
             tokens=read["tokens"],
             token_scales=read.get("token_scales"),
-            channel_scale=self.constants.get("channel_scale"),
-            channel_shift=self.constants.get("channel_shift"),
-            token_positions=positions,
+            token_positions=read["token_positions"],
             token_weights=read["token_weights"],
             token_offsets=torch.from_numpy(token_offsets),
             level_shapes=torch.from_numpy(self.table.level_shapes[rows].astype(np.int64)),
@@ -311,17 +304,12 @@ class CacheReader:
             logits=read["logits"],
             boxes_cxcywh=read["boxes_cxcywh"],
             quality=read["quality"],
-            assignment=buffers.rows("assignment as int64", len(read["assignment"]), self._assigned, "int64"),
+            assignment=read[ASSIGNMENT_AS_INT64],
             level_strides=strides,
-            codebooks=self.constants.get("codebooks"),
-            rotation=self.constants.get("rotation"),
             neck=read.get("neck"),
             neck_scales=read.get("neck_scales"),
-            neck_channel_scale=self.constants.get("neck_channel_scale"),
-            neck_channel_shift=self.constants.get("neck_channel_shift"),
-            neck_codebooks=self.constants.get("neck_codebooks"),
-            neck_rotation=self.constants.get("neck_rotation"),
             neck_weights=read.get("neck_weights"),
+            **self._decoding,
         )
 
 

@@ -40,19 +40,21 @@ class DamagedShard(Exception):
 
 
 class LocalShard:
-    """The files of one shard, open. descriptors: one for each field, valid as long as this object."""
+    """The files of one shard, open. descriptors: int32, one for each field, valid as long as this object."""
 
     def __init__(self, folder: Folder, keys: list[str]) -> None:
-        self.descriptors: list[int] = []
-        weakref.finalize(self, _close_all, self.descriptors)
+        opened: list[int] = []
+        weakref.finalize(self, _close_all, opened)
         try:
             for key in keys:
-                self.descriptors.append(os.open(folder.root / key, os.O_RDONLY))
+                opened.append(os.open(folder.root / key, os.O_RDONLY))  # noqa: PERF401 - closed if one fails
         except OSError as error:
-            raise DamagedShard(keys[len(self.descriptors)], error.strerror or str(error)) from None
+            raise DamagedShard(keys[len(opened)], error.strerror or str(error)) from None
+        self._opened = opened
+        self.descriptors = np.array(opened, np.int32).tobytes()
 
     def read_tail(self, field_index: int, size: int) -> Bytes:
-        descriptor = self.descriptors[field_index]
+        descriptor = self._opened[field_index]
         start = max(0, os.fstat(descriptor).st_size - size)
         return np.frombuffer(os.pread(descriptor, size, start), dtype=np.uint8)
 

@@ -21,15 +21,16 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
+from common.cache.buffers import BatchBuffers
 from common.cache.plan import Plan
-from common.cache.reader import BatchBuffers, CacheReader
+from common.cache.reader import CacheReader
 from common.cache.schema import CodecInfo, Manifest
 from common.cache.writer import create_store, shard_path
 from tests.benchmarks import Case
 from tests.benchmarks.cache_stores import make_inputs, make_record, write_store
 
 BATCH = 8
-BATCHES = 4  # of a call
+BATCHES = 16  # of a call: the first after a rest is mostly waking up
 THREADS = 2
 RUNS = 25
 SLOW_RUNS = 5
