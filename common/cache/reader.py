@@ -96,6 +96,7 @@ class CacheReader:
         teacher = self.manifest.teacher
         # Plain views: memory maps take several times as long to index.
         self._token_count, self._token_offset = np.asarray(self.table.token_count), np.asarray(self.table.token_offset)
+        self._level_shapes = np.asarray(self.table.level_shapes)
         self._no_queries = torch.empty((0, teacher.layers, teacher.queries, teacher.channels), dtype=torch.float16)
         self._every_position = np.arange(self.table.token_count.max(initial=0), dtype=np.int32)
         self._decoding = {name: self.constants.get(name) for name in DECODING}
@@ -299,7 +300,7 @@ class CacheReader:
             token_positions=read["token_positions"],
             token_weights=read["token_weights"],
             token_offsets=torch.from_numpy(token_offsets),
-            level_shapes=torch.from_numpy(self.table.level_shapes[rows].astype(np.int64)),
+            level_shapes=torch.from_numpy(self._level_shapes[rows].astype(np.int64)),
             queries=read.get("queries", self._no_queries),
             logits=read["logits"],
             boxes_cxcywh=read["boxes_cxcywh"],

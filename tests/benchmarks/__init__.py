@@ -44,6 +44,8 @@ def measure(case: Case) -> Result:
     """Time both ways in turn, so that whatever else the machine does falls on both alike."""
     ours, reference = [], []
     case.ours(), case.reference()
+    gc.collect()
+    gc.freeze()  # or each collection would walk through all that was imported, and through the processor's caches
     for _ in range(case.runs):
         ours.append(_time_s(case.ours, case.before))
         reference.append(_time_s(case.reference, case.before))

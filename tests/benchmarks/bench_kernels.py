@@ -13,7 +13,7 @@ from kernels.nearest_codes import nearest_codes_reference
 from tests.benchmarks import Case
 
 LEVELS_640 = [(80, 80), (40, 40), (20, 20), (10, 10)]
-STEPS = 4  # of the feature loss in one go: a step alone, after a rest, is mostly waking up
+STEPS = 16  # of the feature loss in one go: a step alone, after a rest, is mostly waking up
 LEVELS_320 = [(40, 40), (20, 20), (10, 10), (5, 5)]
 
 
