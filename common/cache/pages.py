@@ -1,4 +1,5 @@
-"""Reading a batch of samples in one call that needs no GIL: positioned reads into place, pages checked while hot.
+"""Reading a batch of samples in one call that needs no GIL: positioned reads into place, pages checked while hot, and
+the rest of the batch asked for at once where a read turns out to come from a disk.
 
 A page is its rows and their crc32c. One `preadv` scatters several pages: rows to where they belong, sums aside. Doing
 this for all fields of a batch in one compiled call leaves nothing per page or field to Python, whose threads would
@@ -8,6 +9,8 @@ queue for the GIL where records are small.
 from __future__ import annotations
 
 import ctypes
+import os
+import time
 import weakref
 from queue import SimpleQueue
 from threading import Thread
@@ -26,6 +29,9 @@ GROUP_BYTES = 2**18  # a piece: read at once and checked before the next, in a c
 GROUP_PAGES = 256  # two buffers a page: below every system's IOV_MAX of 1024
 SCATTERED_BYTES = 2048  # pages from this size on are put into place by the kernel
 
+MONOTONIC, WILL_NEED = time.CLOCK_MONOTONIC, getattr(os, "POSIX_FADV_WILLNEED", 0)
+SLOW_NS = 400_000  # a piece that takes longer comes from a disk: 10 times as long as from memory
+
 WHOLE, ENDS_EARLY, CHANGED = 0, 1, 2
 REASONS = {ENDS_EARLY: "the file ends too early", CHANGED: "the checksum of a page does not match"}
 
@@ -34,8 +40,14 @@ Integers = npt.NDArray[np.int64]
 _preadv: Any = types.ExternalFunction("preadv", types.int64(types.int32, types.uint64, types.int32, types.int64))
 _pread: Any = types.ExternalFunction("pread", types.int64(types.int32, types.uint64, types.uint64, types.int64))
 _memcpy: Any = types.ExternalFunction("memcpy", types.uint64(types.uint64, types.uint64, types.uint64))
+_clock_gettime: Any = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.uint64))
+_advised = types.int32(types.int32, types.int64, types.int64, types.int32)
+_posix_fadvise: Any = (
+    types.ExternalFunction("posix_fadvise", _advised)
+    if hasattr(os, "posix_fadvise")
+    else numba.njit(lambda file, at, size, advice: 0)  # macOS reads without it
+)
 _sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
-
 
 # Rows of Placement.samples and of Placement.fields.
 SHARD, ROW, PAGE, TOKENS = 0, 1, 2, 3
@@ -64,8 +76,9 @@ class Placement(NamedTuple):
 class Pieces(NamedTuple):
     """The samples of a batch to be read, cut into pieces that threads take one after another until none is left.
 
-    samples: (N,) which of the batch. files: (N, files of a shard) int32 descriptors. progress: (2,), how many pieces
-    were taken and how many of them are done. found: (N, F), WHOLE, ENDS_EARLY or CHANGED.
+    samples: (N,) which of the batch. files: (N, files of a shard) int32 descriptors. progress: (3,), how many pieces
+    were taken, how many of them are done, and how many threads found one slow. found: (N, F), WHOLE, ENDS_EARLY or
+    CHANGED.
     """
 
     samples: Integers
@@ -184,6 +197,25 @@ def _read_stripped(file: Any, at: Any, page: Any, pages: Any, into: Any, size: A
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _now_ns(clock: Any) -> Any:
+    """clock: (2,) int64, memory for C's struct timespec."""
+    _clock_gettime(np.int32(MONOTONIC), np.uint64(clock.ctypes.data))
+    return clock[0] * 1_000_000_000 + clock[1]
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _ask_for(samples: Any, fields: Any, address: Any, chosen: Any, files: Any, first: int) -> None:
+    """Have the kernel fetch the samples from `first` on, all at once: a disk is faster with many requests to choose
+    from than with one of each thread."""
+    for i in range(first, len(chosen)):
+        for field in range(len(address)):
+            at, _, size = _range_of(samples, fields, address, chosen[i], field)
+            page = fields[PAGE_BYTES, field]
+            stored = -(-size // page) * (page + CHECKSUM_BYTES)
+            _posix_fadvise(files[i, fields[FILE, field]], at, stored, np.int32(WILL_NEED))
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _read_pieces(
     samples: Any,
     fields: Any,
@@ -201,6 +233,7 @@ def _read_pieces(
     for i in range(len(chosen)):
         for field in range(len(address)):
             remaining += _range_of(samples, fields, address, chosen[i], field)[2]
+    clock = np.empty(2, np.int64)
     piece, mine = 0, add_one(progress, 0)
     for i in range(len(chosen)):
         for field in range(len(address)):
@@ -210,12 +243,15 @@ def _read_pieces(
                 pages = min(max(1, GROUP_BYTES // (page + CHECKSUM_BYTES)), GROUP_PAGES, -(-left // page))
                 size = min(left, pages * page)
                 if piece == mine:
+                    began_ns = _now_ns(clock)
                     if page >= SCATTERED_BYTES:
                         state = _read_scattered(file, at, page, pages, into, size, aside, buffers, verify)
                     else:
                         state = _read_stripped(file, at, page, pages, into, size, aside, verify)
                     if state != WHOLE:
                         found[i, field] = state
+                    if progress[2] == 0 and _now_ns(clock) - began_ns > SLOW_NS and add_one(progress, 2) == 0:
+                        _ask_for(samples, fields, address, chosen, files, i)
                     add_one(progress, 1)
                     if leave_bytes > 0 and remaining - size <= leave_bytes:
                         return False

@@ -232,7 +232,7 @@ class CacheReader:
         descriptors = b"".join([shard.descriptors for shard in local.values()])
         files = np.frombuffer(descriptors, np.int32).reshape(len(local), -1)
         found = np.zeros((len(local), len(self.fields)), np.int8)
-        pieces = Pieces(np.array(list(local)), files, np.zeros(2, np.int64), found)
+        pieces = Pieces(np.array(list(local)), files, np.zeros(3, np.int64), found)
         if self._threads.start(placement, pieces, 1, verify):
             read_pieces(placement, pieces, LEFT_BYTES, verify)
 
