@@ -56,25 +56,21 @@ def test_any_number_of_threads_reads_the_same(store: Path, threads: int) -> None
     reader.close()
 
 
-def _reading_threads() -> int:
-    return sum(thread.name == "cache-reader" for thread in threading.enumerate())
-
-
 @pytest.mark.parametrize("closed", [True, False])
 def test_threads_end_with_the_reader(store: Path, closed: bool) -> None:
     """The threads of a reader are gone when it is closed, or when nobody holds it any more."""
-    before = _reading_threads()
+    before = set(threading.enumerate())
     reader = CacheReader(store, threads=4)
     reader.read([0, 1])
-    assert _reading_threads() == before + 3
+    started = set(threading.enumerate()) - before
+    assert sorted(thread.name for thread in started) == ["cache-reader"] * 3
     if closed:
         reader.close()
     del reader
     gc.collect()
-    deadline = time.monotonic() + 20
-    while _reading_threads() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert _reading_threads() == before
+    for thread in started:
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def _in_memory(file: int, offset: int, size: int) -> bool:

@@ -153,7 +153,11 @@ class CacheReader:
         )
         self._of_fields = np.array(rows_of_placement, dtype=np.int64)
         teacher = self.manifest.teacher
-        made = [Field(ASSIGNMENT_AS_INT64, "sample", (teacher.layers, teacher.queries), "int64")]
+        made, shape = [], (teacher.layers, teacher.queries)
+        if "assignment" in names:
+            made.append(Field(ASSIGNMENT_AS_INT64, "sample", shape, "int64"))
+        else:
+            self._left_out[ASSIGNMENT_AS_INT64] = torch.empty((0, *shape), dtype=torch.int64)
         self._stored = {field.name for field in every}
         if "token_positions" not in self._stored:
             made.append(Field("token_positions", "token", (), "int32"))
