@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ class BatchBuffers:
     _fields: tuple[Field, ...] = ()
     _samples: int = 0
     _tokens: int = 0
-    _whole: dict[str, Tensor] = field(default_factory=dict)
+    _whole: dict[str, tuple[Tensor, npt.NDArray[Any]]] = field(default_factory=dict)  # the same memory
     _last: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
     _address: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
@@ -35,15 +36,17 @@ class BatchBuffers:
             self._fields, self._samples, self._tokens = fields, samples + samples // 4, tokens + tokens // 4
             for made in fields:
                 shape = (self._tokens if made.per == "token" else self._samples, *made.row_shape)
-                self._whole[made.name] = torch.empty(shape, dtype=getattr(torch, made.dtype), pin_memory=self.pin)
-            self._address = np.array([self._whole[made.name].data_ptr() for made in fields])
+                memory = torch.empty(shape, dtype=getattr(torch, made.dtype), pin_memory=self.pin)
+                self._whole[made.name] = memory, memory.numpy()
+            self._address = np.array([self._whole[made.name][0].data_ptr() for made in fields])
         return self._address
 
     def rows(self, name: str, count: int) -> Tensor:
         """The first rows of a field, as a tensor (count, *row_shape). What was given last is given again if it is as
-        long: a view costs torch tens of microseconds after reading has emptied the processor's caches."""
+        long, and cut in numpy if not: after reading has emptied the processor's caches, torch takes several times as
+        long."""
         length, rows = self._last.get(name, (-1, None))
         if rows is None or length != count:
-            rows = self._whole[name].narrow(0, 0, count)
+            rows = torch.from_numpy(self._whole[name][1][:count])
             self._last[name] = count, rows
         return rows

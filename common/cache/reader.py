@@ -7,11 +7,11 @@ threads of the training process: DataLoader workers would send megabytes through
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal, cast
 
@@ -30,6 +30,7 @@ from common.cache.pages import (
     Pieces,
     Placement,
     ReadingThreads,
+    count_up,
     memory_at,
     place_samples,
     read_pieces,
@@ -98,9 +99,9 @@ class CacheReader:
         self._token_count, self._token_offset = np.asarray(self.table.token_count), np.asarray(self.table.token_offset)
         self._level_shapes = np.asarray(self.table.level_shapes)
         self._no_queries = torch.empty((0, teacher.layers, teacher.queries, teacher.channels), dtype=torch.float16)
-        self._every_position = np.arange(self.table.token_count.max(initial=0), dtype=np.int32)
         self._decoding = {name: self.constants.get(name) for name in DECODING}
-        self._strides = torch.tensor(teacher.strides, dtype=torch.float32)[:, None].expand(-1, 2)
+        strides = torch.tensor(teacher.strides, dtype=torch.float32)[:, None].expand(-1, 2)
+        self._strides = functools.cache(lambda samples: strides.expand(samples, -1, -1))
         remote = isinstance(self.storage, Bucket)
         self.copies: LocalCopies | None = None
         if isinstance(self.storage, Bucket) and local_cache is not None:
@@ -290,11 +291,9 @@ class CacheReader:
     def _batch(self, rows: Rows, token_offsets: Rows, read: dict[str, Tensor]) -> CachedBatch:
         """The batch, while its fields are read; its assignment, which is stored in another dtype, follows later."""
         if "token_positions" not in self._stored:
-            filled = read["token_positions"].numpy()  # torch.cat would wait for threads that are busy reading
-            for begin, end in pairwise(token_offsets.tolist()):
-                filled[begin:end] = self._every_position[: end - begin]
+            count_up(token_offsets, read["token_positions"].numpy())
         if self.manifest.teacher.input_size is None:
-            strides = self._strides.expand(len(rows), -1, -1)
+            strides = self._strides(len(rows))
         else:
             heights, widths = self.table.augmentation[rows, 5:7].T
             strides = torch.from_numpy(level_strides(self.manifest.teacher, heights, widths))
