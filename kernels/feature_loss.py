@@ -61,7 +61,7 @@ def cached_feature_loss(
 
 
 def _wants_gradient(student: Tensor) -> bool:
-    """One that need not be rounded before it is multiplied by the loss's own."""
+    """Whether it is asked for, and may be multiplied by the loss's own after it was rounded to the student's dtype."""
     return student.requires_grad and torch.is_grad_enabled() and student.dtype in (torch.float32, torch.float64)
 
 

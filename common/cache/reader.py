@@ -202,20 +202,22 @@ class CacheReader:
         samples = place_samples(
             rows, self._token_count, self._token_offset, layout.shard_samples, layout.shard_tokens, layout.page_tokens
         )
-        address = buffers.fit(self._buffered, len(rows), int(samples[TOKENS, -1]))
+        tokens = int(samples[TOKENS, -1])
+        address = buffers.fit(self._buffered, len(rows), tokens)
         placement = Placement(samples, self._of_fields, address[: len(self.fields)])
         opened = self._shards.get(samples[SHARD, :-1].tolist())
         verify = self._verify == "always" or (
             self._verify == "first" and self._unverified > 0 and not self._verified[rows].all()
         )
         local = {index: shard for index, shard in enumerate(opened) if isinstance(shard, LocalShard)}
-        under_way = [self._read_local(local, placement, verify)] if local else []
         damaged: dict[int, DamagedShard] = {}
+        under_way: list[Callable[[], dict[int, DamagedShard]]] = []
         if len(local) < len(opened):
             damaged = {index: shard for index, shard in enumerate(opened) if isinstance(shard, DamagedShard)}
             remote = {index: shard for index, shard in enumerate(opened) if isinstance(shard, RemoteShard)}
             under_way.append(self._start_remote(remote, placement))
-        tokens = int(samples[TOKENS, -1])
+        if local:
+            under_way.append(self._read_local(local, placement, verify))
         read = {f.name: buffers.rows(f.name, tokens if f.per == "token" else len(rows)) for f in self._buffered}
         read |= self._left_out
         batch = self._batch(rows, samples[TOKENS], read)
@@ -224,7 +226,7 @@ class CacheReader:
         np.copyto(batch.assignment.numpy(), read["assignment"].numpy())  # a fifth of what torch takes
         if verify:
             self._verified[np.delete(rows, list(damaged))] = True
-            self._unverified = int((~self._verified).sum())
+            self._unverified = len(self._verified) - int(np.count_nonzero(self._verified))
         if not damaged:
             return batch, ()
         return batch, tuple(self._corrupt(int(rows[index]), damage) for index, damage in sorted(damaged.items()))
