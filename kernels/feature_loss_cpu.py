@@ -144,6 +144,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 @jit()
 def _total(errors):  # type: ignore[no-untyped-def]
+    """In the order of the tokens."""
     total = 0.0
     for error in errors:
         total += error
@@ -322,7 +323,7 @@ def _forward_and_gradient(
     grad: float, student: Tensor, tokens: Tensor, rows: Array, factors: list[Array]
 ) -> tuple[Array, Tensor]:
     """Each token's error, and the gradient (B, T, C) of student in its dtype for the loss's gradient `grad`."""
-    token_of_row, errors = np.empty(student.shape[0] * student.shape[1], np.int32), np.empty(len(rows))
+    token_of_row, errors = np.empty(student.shape[0] * student.shape[1], np.int32), np.zeros(len(rows))
     if not _find_tokens(rows, token_of_row):
         raise ValueError(_OUTSIDE)
     grad_student = empty(student.shape, torch.float32 if student.dtype == torch.float16 else student.dtype)
