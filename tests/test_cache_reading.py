@@ -134,6 +134,10 @@ def test_buffers_grow_and_are_given_again() -> None:
     assert (buffers.fit(fields, 2, 125) == address).all()
     assert buffers.rows("a", 125).data_ptr() == address[0]
     assert buffers.fit(fields, 2, 126)[0] == buffers.rows("a", 126).data_ptr()
+    for samples, tokens in ((400, 10), (2, 2000)):  # neither shrinks when the other grows
+        buffers.fit(fields, samples, tokens)
+    address = buffers.fit(fields, 400, 2000).copy()
+    assert (buffers.fit(fields, 500, 2500) == address).all()
     others = (Field("a", "sample", (), "uint8"),)
     assert buffers.fit(others, 4, 0)[0] == buffers.rows("a", 4).data_ptr()
     assert buffers.rows("a", 4).dtype == torch.uint8

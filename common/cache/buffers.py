@@ -33,7 +33,9 @@ class BatchBuffers:
         if fields is not self._fields or samples > self._samples or tokens > self._tokens:
             self._whole.clear()
             self._last.clear()
-            self._fields, self._samples, self._tokens = fields, samples + samples // 4, tokens + tokens // 4
+            self._fields = fields
+            self._samples = max(self._samples, samples + samples // 4)
+            self._tokens = max(self._tokens, tokens + tokens // 4)
             for made in fields:
                 shape = (self._tokens if made.per == "token" else self._samples, *made.row_shape)
                 memory = torch.empty(shape, dtype=getattr(torch, made.dtype), pin_memory=self.pin)
