@@ -25,10 +25,15 @@ def jit(*liberties: str) -> Callable[[Callable[..., None]], Any]:
     return decorate
 
 
-def inlined(*liberties: str) -> Callable[[Callable[..., Any]], Any]:
-    """A part of a `jit` function, compiled into it, so that the caller's constants are constants in it too."""
+def inlined(*liberties: str, counting: bool = True) -> Callable[[Callable[..., Any]], Any]:
+    """A part of a `jit` function, compiled into it, so that the caller's constants are constants in it too.
+
+    numba counts references to the arrays it is given, unless it sees that it need not; in a part with branches it does
+    not see that, and counting can take as long as the rest. Without `counting` the part must not make arrays.
+    """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        return numba.njit(error_model="numpy", fastmath=set(liberties), forceinline=True)(function)
+        options: dict[str, Any] = {"forceinline": True, "_nrt": counting}
+        return numba.njit(error_model="numpy", fastmath=set(liberties), **options)(function)
 
     return decorate

@@ -36,22 +36,27 @@ def empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     size = shape.numel() * dtype.itemsize
     if size < _LEAST_BYTES:
         return torch.empty(shape, dtype=dtype)  # torch begins with a cache line too
-    memory = _take(size + LINE_BYTES)
-    start = -memory.ctypes.data % LINE_BYTES
-    lent = memory[start : start + size]
+    memory = _take(size)
+    lent = memory[:size]
     weakref.finalize(lent, _let_go, memory).atexit = False
-    return torch.from_numpy(lent).view(dtype).view(shape)
+    return torch.frombuffer(lent, dtype=dtype).view(shape)
 
 
 def _take(size: int) -> _Memory:
     try:
         memory = _free.pop()
     except IndexError:
-        return np.empty(size, np.uint8)
+        return _aligned(size)
     if memory.nbytes >= size:
         return memory
     del memory  # before its successor is there
-    return np.empty(size, np.uint8)
+    return _aligned(size)
+
+
+def _aligned(size: int) -> _Memory:
+    memory = np.empty(size + LINE_BYTES, np.uint8)
+    start = -memory.ctypes.data % LINE_BYTES
+    return memory[start : start + size]
 
 
 def _let_go(memory: _Memory) -> None:
@@ -62,8 +67,8 @@ def _let_go(memory: _Memory) -> None:
     _free.append(max(memory, other, key=len))
 
 
-def _stream(context: Any, target: Any, at: Any, source: Any) -> Any:
-    """target[at : at + n] = source[:n], past the caches, for the n elements of VECTOR_BYTES.
+def _stream(context: Any, target: Any, at: Any, source: Any, start: Any) -> Any:
+    """target[at : at + n] = source[start : start + n], past the caches, for the n elements of VECTOR_BYTES.
 
     Flat arrays of one dtype; the target's part begins at a multiple of VECTOR_BYTES in memory.
     """
@@ -72,15 +77,14 @@ def _stream(context: Any, target: Any, at: Any, source: Any) -> Any:
         element = context.get_value_type(target.dtype)
         vector = ir.VectorType(element, VECTOR_BYTES * 8 // target.dtype.bitwidth).as_pointer()
         written, read = (
-            context.make_array(type_)(context, builder, array).data
-            for type_, array in ((target, arguments[0]), (source, arguments[2]))
+            builder.bitcast(builder.gep(context.make_array(type_)(context, builder, array).data, [index]), vector)
+            for type_, array, index in ((target, *arguments[:2]), (source, *arguments[2:]))
         )
-        value = builder.load(builder.bitcast(read, vector), align=4)
-        store = builder.store(value, builder.bitcast(builder.gep(written, [arguments[1]]), vector), align=VECTOR_BYTES)
+        store = builder.store(builder.load(read, align=4), written, align=VECTOR_BYTES)
         store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
         return context.get_dummy_value()
 
-    return types.void(target, types.int64, source), generate
+    return types.void(target, types.int64, source, types.int64), generate
 
 
 def _prefetch(context: Any, array: Any, at: Any, count: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Threads for the CPU versions: one pool of plain Python threads that run compiled functions without the GIL.
+"""Threads for the CPU versions: plain Python threads that run compiled functions without the GIL.
 
 Why not numba's own `parallel=True`: its workqueue layer aborts the process when two Python threads enter it at once (a
 data loader's thread beside autograd's); its OpenMP layer aborts a forked child that uses it after its parent did
@@ -9,8 +9,11 @@ take their number from `torch.get_num_threads()` at every call, and leave the or
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -20,73 +23,110 @@ from numba.extending import intrinsic
 
 from kernels.jit import inlined, jit
 
-_TAKEN, _DONE, _ALL = 0, 1, 2  # units, counted in `progress`
+_TAKEN, _DONE, _ALL = 0, 1, 2  # units, counted
 
-_pool: ThreadPoolExecutor | None = None
+_Job = tuple[Callable[..., object], tuple[Any, ...]]
+
 _sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
 
 
+class Helpers:
+    """Threads that help with work of a millisecond, in which an executor's futures and locks would be felt: each of
+    their steps needs the GIL, for which whoever gave the work waits. They end with this object, or when `stop` is
+    called.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name, self._count, self._jobs = name, 0, SimpleQueue[_Job | None]()
+        self.stop = weakref.finalize(self, self._jobs.put, None)
+
+    def start(self, count: int, function: Callable[..., object], *arguments: Any) -> None:
+        """Have `count` threads call the function, when each has the time. Its errors are not told: the caller has to do
+        the same work, until none is left, and meets them himself."""
+        for _ in range(self._count, count):
+            Thread(target=_work, args=(self._jobs,), name=self._name, daemon=True).start()
+        self._count = max(self._count, count)
+        for _ in range(count):
+            self._jobs.put((function, arguments))
+
+
+def _work(jobs: SimpleQueue[_Job | None]) -> None:
+    while (job := jobs.get()) is not None:
+        function, arguments = job
+        try:  # noqa: SIM105 - a context manager would take longer
+            function(*arguments)
+        except Exception:
+            pass
+        del job, function, arguments  # memory that others may wait for, before the next job comes
+    jobs.put(None)  # for the other threads
+
+
+_helpers = Helpers("kernels")
+_pool: ThreadPoolExecutor | None = None
+
+
 def pool() -> ThreadPoolExecutor:
-    """The process's pool; a forked child starts its own, for threads do not survive a fork."""
+    """The process's pool, for work whose results are waited for."""
     global _pool
     if _pool is None:
         _pool = ThreadPoolExecutor(max_workers=max(8, os.cpu_count() or 1), thread_name_prefix="kernels")
     return _pool
 
 
-def _forget_pool() -> None:
-    global _pool
-    _pool = None
+def _begin_anew() -> None:
+    global _helpers, _pool
+    _helpers, _pool = Helpers("kernels"), None
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
-def parallel(kernel: Callable[..., None], units: int, *arguments: Any) -> None:
+def parallel(kernel: Callable[..., None], units: int, *arguments: Any, last: int = 0) -> None:
     """Do `units` units of work on `torch.get_num_threads()` threads, caller included.
 
     Each thread calls `kernel(progress, *arguments)`, compiled by `jit`, which does one unit after another until `take`
     gives none. Units must write to disjoint memory. Nobody waits for a thread that comes too late to find one: it may
-    take milliseconds to wake up, or to get the GIL for its call.
+    take milliseconds to wake up, or to get the GIL for its call. The caller does the `last` units alone: where these
+    take some microseconds, the other threads have given back the GIL when he needs it.
     """
     threads = min(torch.get_num_threads(), units)
-    progress = np.array([0, 0, units])
-    for _ in range(threads - 1):
-        pool().submit(kernel, progress, *arguments)
-    kernel(progress, *arguments)
+    counters = np.array([0, 0, units])
+    _helpers.start(threads - 1, kernel, (counters, units - last), *arguments)
+    kernel((counters, units), *arguments)
     if threads > 1:
-        _wait(progress)
+        _wait(counters)
 
 
-def _add_one(context: Any, counters: Any, index: Any) -> Any:
-    """counters[index] += 1, in one step among all threads; what it was before."""
+def _add(context: Any, counters: Any, index: Any, amount: Any) -> Any:
+    """counters[index] += amount, in one step among all threads; what it was before."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        place = builder.gep(array.data, [arguments[1]])
-        return builder.atomic_rmw("add", place, context.get_constant(types.int64, 1), "seq_cst")
+        return builder.atomic_rmw("add", builder.gep(array.data, [arguments[1]]), arguments[2], "seq_cst")
 
-    return types.int64(counters, types.int64), generate
+    return types.int64(counters, types.int64, types.int64), generate
 
 
-add_one: Any = intrinsic(_add_one)
+add: Any = intrinsic(_add)
 
 
 @inlined()
 def take(progress):  # type: ignore[no-untyped-def]
     """The next unit that nobody has taken, for this thread to do; -1 if there is none."""
-    unit = add_one(progress, _TAKEN)
-    return unit if unit < progress[_ALL] else -1
+    counters, stop = progress
+    may = counters[_TAKEN] < stop
+    unit = add(counters, _TAKEN, may)  # a branch around it would cost a kernel a third of its speed
+    return unit if may & (unit < counters[_ALL]) else -1
 
 
 @inlined()
 def finish(progress):  # type: ignore[no-untyped-def]
     """To be called after each unit, when all is written."""
-    add_one(progress, _DONE)
+    add(progress[0], _DONE, 1)
 
 
 @jit()
-def _wait(progress):  # type: ignore[no-untyped-def]
-    while progress[_DONE] < progress[_ALL]:  # the others are at their last units
+def _wait(counters):  # type: ignore[no-untyped-def]
+    while counters[_DONE] < counters[_ALL]:  # the others are at their last units
         _sched_yield()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numba.core.errors import TypingError
 
 from kernels import cached_feature_loss, memory
+from kernels import threads as kernel_threads
 from kernels.jit import jit
-from kernels.threads import finish, parallel, pool, take
+from kernels.threads import Helpers, finish, parallel, take
 
 
 @pytest.fixture(autouse=True)
@@ -34,28 +37,73 @@ def _count(progress: Any, done: Any) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("last", [0, 3])
 @pytest.mark.parametrize("units", [0, 1, 5, 1000])
-def test_every_unit_is_done_once(threads: int, units: int) -> None:
-    """Each of the units is counted once when `parallel` returns."""
+def test_every_unit_is_done_once(threads: int, units: int, last: int) -> None:
+    """Each of the units is counted once when `parallel` returns, whether or not the caller does the last ones alone."""
     torch.set_num_threads(threads)
     for _ in range(20):
         done = np.zeros(units, np.int64)
-        parallel(_count, units, done)
+        parallel(_count, units, done, last=last)
         assert (done == 1).all()
 
 
 def test_nobody_waits_for_threads_that_come_too_late() -> None:
-    """With every thread of the pool held up, the caller does all units and returns; the late threads find none."""
+    """With all helping threads held up, the caller does every unit and returns; the late ones find none."""
     torch.set_num_threads(2)
-    go_on = threading.Event()
-    held_up = [pool().submit(go_on.wait, 60) for _ in range(pool()._max_workers)]
+    busy, go_on = threading.Semaphore(0), threading.Event()
+    helpers = kernel_threads._helpers
+
+    def hold_up() -> None:
+        busy.release()
+        go_on.wait(60)
+
+    count = max(1, helpers._count)
+    helpers.start(count, hold_up)
+    for _ in range(count):
+        assert busy.acquire(timeout=60)
     done = np.zeros(100, np.int64)
     try:
         parallel(_count, 100, done)
-        assert not any(future.done() for future in held_up)
+        assert not go_on.is_set()
     finally:
         go_on.set()
     assert (done == 1).all()
+
+
+def test_a_helping_threads_error_is_the_callers_to_meet() -> None:
+    """A thread whose function raises takes the next job all the same; `parallel` raises what the caller meets."""
+    helpers, done = Helpers("test"), threading.Event()
+    helpers.start(1, int, "no number")
+    helpers.start(1, done.set)
+    assert done.wait(60)
+    torch.set_num_threads(2)
+    with pytest.raises(TypingError):
+        parallel(_count, 2, "no array")
+    units = np.zeros(100, np.int64)
+    parallel(_count, 100, units)
+    assert (units == 1).all()
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_helping_threads_end_and_hold_nothing(stopped: bool) -> None:
+    """They let go of their arguments after the work, and are gone when stopped or when nobody holds the helpers."""
+    before = set(threading.enumerate())
+    helpers, argument, done = Helpers("test"), np.zeros(3), threading.Semaphore(0)
+    gone = weakref.ref(argument)
+    helpers.start(3, lambda _: done.release(), argument)
+    del argument
+    for _ in range(3):
+        assert done.acquire(timeout=60)
+    started = set(threading.enumerate()) - before
+    assert [thread.name for thread in started] == ["test"] * 3
+    if stopped:
+        helpers.stop()
+    del helpers
+    for thread in started:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert gone() is None
 
 
 def test_memory_is_used_again_when_nobody_holds_it() -> None:

@@ -11,9 +11,6 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-import weakref
-from queue import SimpleQueue
-from threading import Thread
 from typing import Any, NamedTuple
 
 import numba
@@ -23,7 +20,7 @@ from numba import types
 
 from common.cache import crc32c
 from common.cache.schema import CHECKSUM_BYTES
-from kernels.threads import add_one
+from kernels.threads import add
 
 GROUP_BYTES = 2**17  # a piece: read at once and checked before the next, in a core's second-level cache
 GROUP_PAGES = 256  # two buffers a page: below every system's IOV_MAX of 1024
@@ -116,34 +113,6 @@ def read_pieces(placement: Placement, pieces: Pieces, leave_bytes: int, verify: 
     """Take pieces and read them, until none is left but those of the last `leave_bytes`. With 0 to leave, return when
     all pieces are done, by whichever thread: whether all are whole."""
     return bool(_read_pieces(*placement, *pieces, leave_bytes, verify))
-
-
-class ReadingThreads:
-    """Threads that read beside the caller. They end with this object, or when `stop` is called."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._jobs: SimpleQueue[tuple[Any, ...] | None] = SimpleQueue()
-        self.stop = weakref.finalize(self, _stop, self._jobs, count)
-        for _ in range(count):
-            Thread(target=_work, args=(self._jobs,), name="cache-reader", daemon=True).start()
-
-    def start(self, *job: Any) -> bool:
-        """Have each of them call `read_pieces` with these arguments. Whether there are any."""
-        for _ in range(self.count):
-            self._jobs.put(job)
-        return self.count > 0
-
-
-def _work(jobs: SimpleQueue[tuple[Any, ...] | None]) -> None:
-    while (job := jobs.get()) is not None:
-        read_pieces(*job)
-        del job  # its files and memory, before the next one comes
-
-
-def _stop(jobs: SimpleQueue[tuple[Any, ...] | None], count: int) -> None:
-    for _ in range(count):
-        jobs.put(None)
 
 
 def memory_at(address: int, size: int) -> npt.NDArray[np.uint8]:
@@ -243,7 +212,7 @@ def _read_pieces(
         for field in range(len(address)):
             remaining += _range_of(samples, fields, address, chosen[i], field)[2]
     clock = np.empty(2, np.int64)
-    piece, mine = 0, add_one(progress, 0)
+    piece, mine = 0, add(progress, 0, 1)
     for i in range(len(chosen)):
         for field in range(len(address)):
             at, into, left = _range_of(samples, fields, address, chosen[i], field)
@@ -259,12 +228,12 @@ def _read_pieces(
                         state = _read_stripped(file, at, page, pages, into, size, aside, verify)
                     if state != WHOLE:
                         found[i, field] = state
-                    if progress[2] == 0 and _now_ns(clock) - began_ns > SLOW_NS + size and add_one(progress, 2) == 0:
+                    if progress[2] == 0 and _now_ns(clock) - began_ns > SLOW_NS + size and add(progress, 2, 1) == 0:
                         _ask_for(samples, fields, address, chosen, files, i)
-                    add_one(progress, 1)
+                    add(progress, 1, 1)
                     if leave_bytes > 0 and remaining - size <= leave_bytes:
                         return False
-                    mine = add_one(progress, 0)
+                    mine = add(progress, 0, 1)
                 at, into, left = at + pages * (page + CHECKSUM_BYTES), into + size, left - size
                 remaining -= size
                 piece += 1

@@ -29,7 +29,6 @@ from common.cache.pages import (
     TOKENS,
     Pieces,
     Placement,
-    ReadingThreads,
     count_up,
     memory_at,
     place_samples,
@@ -42,6 +41,7 @@ from common.cache.storage import Bucket, Location, Storage, locate, read_array
 from common.cache.writer import CONSTANTS_GROUP, finished_shards, read_skipped, read_table, shard_key
 from common.errors import UserError
 from common.records import CachedBatch
+from kernels.threads import Helpers
 
 READ_THREADS = 2  # more gain nothing from a page cache; from a fast disk that is not cached they may
 LEFT_BYTES = 3 * 2**19  # of a batch, that the other threads read while this one puts it together
@@ -107,7 +107,7 @@ class CacheReader:
         if isinstance(self.storage, Bucket) and local_cache is not None:
             self.copies = LocalCopies(self.storage, self.manifest, local_cache, local_cache_bytes)
         self._shards = OpenShards(self.storage, self.manifest, self.table, self.copies)
-        self._threads = ReadingThreads(threads - 1)
+        self._helpers, self._helper_count = Helpers("cache-reader"), threads - 1
         self._requests = ThreadPoolExecutor(REQUESTS, "cache-reader") if remote else None
 
     def __len__(self) -> int:
@@ -185,7 +185,7 @@ class CacheReader:
             left = left[~np.isin(left, [error.row for error in damaged])]
 
     def close(self) -> None:
-        self._threads.stop()
+        self._helpers.stop()
         if self._requests is not None:
             self._requests.shutdown(cancel_futures=True)
         if self.copies is not None:
@@ -240,7 +240,8 @@ class CacheReader:
         files = np.frombuffer(descriptors, np.int32).reshape(len(local), -1)
         found = np.zeros((len(local), len(self.fields)), np.int8)
         pieces = Pieces(np.array(list(local)), files, np.zeros(3, np.int64), found)
-        if self._threads.start(placement, pieces, 1, verify):
+        self._helpers.start(self._helper_count, read_pieces, placement, pieces, 1, verify)
+        if self._helper_count:
             read_pieces(placement, pieces, LEFT_BYTES, verify)
 
         def finish() -> dict[int, DamagedShard]:
