@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
+from threading import Event
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from kernels.threads import pool
+from kernels.threads import HELPERS
 
 Mask = npt.NDArray[np.bool_]
 
@@ -43,11 +44,12 @@ def hungarian_start(costs: Tensor, row_mask: Tensor | None = None, column_mask: 
 
 @dataclass(frozen=True)
 class Matching:
-    """A matching under way on the pool's threads. `result()` takes a hand in what is left, and waits for it."""
+    """A matching under way on helping threads. `result()` takes a hand in what is left, and waits for what they have
+    begun."""
 
     _solve: Callable[[], None]
-    _helping: list[Future[None]]
-    _bad: list[int]
+    _done: Event
+    _errors: dict[int, Exception]
     _matched: npt.NDArray[np.int64]
     _leading: torch.Size
     _device: torch.device
@@ -55,18 +57,14 @@ class Matching:
     def result(self) -> Tensor:
         """(..., G) int64, and the errors, of `hungarian`."""
         self._solve()
-        for future in self._helping:
-            future.result()
-        if self._bad:
-            raise ValueError(
-                f"the costs of {_name(min(self._bad), self._leading)} hold NaN or infinity: look at that layer's "
-                "predictions (a diverged loss, a box of no size) before it is matched"
-            )
+        self._done.wait()
+        if self._errors:
+            raise self._errors[min(self._errors)]
         return torch.from_numpy(self._matched).view(*self._leading, self._matched.shape[1]).to(self._device)
 
 
 def _start(costs: Tensor, row_mask: Tensor | None, column_mask: Tensor | None, helpers: int) -> Matching:
-    """Copy to the host, and let `helpers` threads of the pool begin."""
+    """Copy to the host, and let `helpers` threads begin."""
     if costs.dim() < 2 or not costs.is_floating_point():
         raise ValueError(f"costs must be floating and (..., N, G), got {costs.dtype} {tuple(costs.shape)}")
     leading, rows, columns = costs.shape[:-2], costs.shape[-2], costs.shape[-1]
@@ -82,30 +80,45 @@ def _start(costs: Tensor, row_mask: Tensor | None, column_mask: Tensor | None, h
     count = leading.numel()
     matched = np.full((count, columns), -1, dtype=np.int64)
     indices = iter(range(count))  # shared: each thread takes the next matrix when it is free
-    bad: list[int] = []
+    finished, done, errors = itertools.count(1), Event(), dict[int, Exception]()
+    if count == 0:
+        done.set()
 
     def solve() -> None:
         if copied is not None:
             copied.synchronize()
         costs_, rows_, columns_ = (host.numpy().reshape(count, *host.shape[len(leading) :]) for host in hosts)
-        bad.extend([i for i in indices if not _solve_one(costs_[i], rows_[i], columns_[i], matched[i])])
+        for i in indices:
+            try:
+                _solve_one(costs_[i], rows_[i], columns_[i], matched[i], i, leading)
+            except Exception as error:  # the caller's to raise, whichever thread meets it
+                errors[i] = error
+            if next(finished) == count:
+                done.set()
 
-    helping = [pool().submit(solve) for _ in range(min(helpers, count))]
-    return Matching(solve, helping, bad, matched, leading, costs.device)
+    HELPERS.start(min(helpers, count), solve)
+    return Matching(solve, done, errors, matched, leading, costs.device)
 
 
 def _solve_one(
-    cost: npt.NDArray[np.floating], row_mask: Mask, column_mask: Mask, matched: npt.NDArray[np.int64]
-) -> bool:
-    """Write the row of each matched column into `matched` (G,); False where a cost that counts is not finite."""
+    cost: npt.NDArray[np.floating],
+    row_mask: Mask,
+    column_mask: Mask,
+    matched: npt.NDArray[np.int64],
+    index: int,
+    leading: torch.Size,
+) -> None:
+    """Write the row of each matched column into `matched` (G,). ValueError where a cost that counts is not finite."""
     rows, columns = np.flatnonzero(row_mask), np.flatnonzero(column_mask)
     if len(rows) < cost.shape[0] or len(columns) < cost.shape[1]:
         cost = cost[np.ix_(rows, columns)]
     if not np.isfinite(cost).all():
-        return False
+        raise ValueError(
+            f"the costs of {_name(index, leading)} hold NaN or infinity: look at that layer's predictions (a diverged "
+            "loss, a box of no size) before it is matched"
+        )
     row_choice, column_choice = linear_sum_assignment(cost)
     matched[columns[column_choice]] = rows[row_choice]
-    return True
 
 
 def _expand(name: str, mask: Tensor | None, leading: torch.Size, size: int) -> Tensor:

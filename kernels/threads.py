@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -33,16 +32,22 @@ _sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
 class Helpers:
     """Threads that help with work of a millisecond, in which an executor's futures and locks would be felt: each of
     their steps needs the GIL, for which whoever gave the work waits. They end with this object, or when `stop` is
-    called.
+    called. A forked process starts its own.
     """
 
     def __init__(self, name: str) -> None:
-        self._name, self._count, self._jobs = name, 0, SimpleQueue[_Job | None]()
+        self._name = name
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process, self._count, self._jobs = os.getpid(), 0, SimpleQueue[_Job | None]()
         self.stop = weakref.finalize(self, self._jobs.put, None)
 
     def start(self, count: int, function: Callable[..., object], *arguments: Any) -> None:
         """Have `count` threads call the function, when each has the time. Its errors are not told: the caller has to do
         the same work, until none is left, and meets them himself."""
+        if self._process != os.getpid():
+            self._begin()
         for _ in range(self._count, count):
             Thread(target=_work, args=(self._jobs,), name=self._name, daemon=True).start()
         self._count = max(self._count, count)
@@ -61,25 +66,7 @@ def _work(jobs: SimpleQueue[_Job | None]) -> None:
     jobs.put(None)  # for the other threads
 
 
-_helpers = Helpers("kernels")
-_pool: ThreadPoolExecutor | None = None
-
-
-def pool() -> ThreadPoolExecutor:
-    """The process's pool, for work whose results are waited for."""
-    global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(max_workers=max(8, os.cpu_count() or 1), thread_name_prefix="kernels")
-    return _pool
-
-
-def _begin_anew() -> None:
-    global _helpers, _pool
-    _helpers, _pool = Helpers("kernels"), None
-
-
-if hasattr(os, "register_at_fork"):  # threads do not survive a fork
-    os.register_at_fork(after_in_child=_begin_anew)
+HELPERS = Helpers("kernels")
 
 
 def parallel(kernel: Callable[..., None], units: int, *arguments: Any, last: int = 0) -> None:
@@ -92,7 +79,7 @@ def parallel(kernel: Callable[..., None], units: int, *arguments: Any, last: int
     """
     threads = min(torch.get_num_threads(), units)
     counters = np.array([0, 0, units])
-    _helpers.start(threads - 1, kernel, (counters, units - last), *arguments)
+    HELPERS.start(threads - 1, kernel, (counters, units - last), *arguments)
     kernel((counters, units), *arguments)
     if threads > 1:
         _wait(counters)

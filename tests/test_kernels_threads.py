@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from numba.core.errors import TypingError
+from scipy.optimize import linear_sum_assignment
 
-from kernels import cached_feature_loss, memory
-from kernels import threads as kernel_threads
+from kernels import cached_feature_loss, hungarian_start, memory
 from kernels.jit import jit
-from kernels.threads import Helpers, finish, parallel, take
+from kernels.threads import HELPERS, Helpers, finish, parallel, take
 
 
 @pytest.fixture(autouse=True)
@@ -48,27 +48,42 @@ def test_every_unit_is_done_once(threads: int, units: int, last: int) -> None:
         assert (done == 1).all()
 
 
-def test_nobody_waits_for_threads_that_come_too_late() -> None:
-    """With all helping threads held up, the caller does every unit and returns; the late ones find none."""
-    torch.set_num_threads(2)
+@pytest.fixture
+def held_up() -> Iterator[threading.Event]:
+    """Every helping thread waits for the event."""
     busy, go_on = threading.Semaphore(0), threading.Event()
-    helpers = kernel_threads._helpers
 
     def hold_up() -> None:
         busy.release()
         go_on.wait(60)
 
-    count = max(1, helpers._count)
-    helpers.start(count, hold_up)
+    count = max(1, HELPERS._count)
+    HELPERS.start(count, hold_up)
     for _ in range(count):
         assert busy.acquire(timeout=60)
+    yield go_on
+    go_on.set()
+
+
+def test_nobody_waits_for_threads_that_come_too_late(held_up: threading.Event) -> None:
+    """With all helping threads held up, the caller does every unit and returns; the late ones find none."""
+    torch.set_num_threads(2)
     done = np.zeros(100, np.int64)
-    try:
-        parallel(_count, 100, done)
-        assert not go_on.is_set()
-    finally:
-        go_on.set()
+    parallel(_count, 100, done)
+    assert not held_up.is_set()
     assert (done == 1).all()
+
+
+def test_matching_does_not_wait_for_them_either(held_up: threading.Event) -> None:
+    """Assignments of 12 matrices, asked for twice: scipy's."""
+    costs = torch.rand(12, 9, 5)
+    matching = hungarian_start(costs)
+    for _ in range(2):
+        result = matching.result()
+        for cost, found in zip(costs, result, strict=True):
+            rows, columns = linear_sum_assignment(cost.numpy())
+            assert found[columns].tolist() == rows.tolist()
+    assert not held_up.is_set()
 
 
 def test_a_helping_threads_error_is_the_callers_to_meet() -> None:
