@@ -166,15 +166,6 @@ def _forward(progress, student, teacher, rows, errors):  # type: ignore[no-untyp
 
 
 @jit()
-def _total(errors):  # type: ignore[no-untyped-def]
-    """In the order of the tokens."""
-    total = 0.0
-    for error in errors:
-        total += error
-    return total
-
-
-@jit()
 def _find_rows(positions, offsets, length, rows):  # type: ignore[no-untyped-def]
     """Whether positions and offsets are in range; if so, `rows` are the tokens' in the flattened student."""
     if offsets[0] != 0 or offsets[-1] != rows.size:
@@ -341,7 +332,7 @@ def _forward_and_gradient(grad: float, student: Tensor, teacher: Teacher, rows: 
 
 
 def _sum(errors: Array, student: Tensor) -> Tensor:
-    return torch.from_numpy(np.array(_total(errors), _real(student)))
+    return torch.from_numpy(np.asarray(errors.sum(), _real(student)))
 
 
 def _real(student: Tensor) -> type[np.floating[Any]]:
