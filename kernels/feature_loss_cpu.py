@@ -74,7 +74,7 @@ def _copy_4(codebooks, m, code, j, unpacked, i):  # type: ignore[no-untyped-def]
 
 @inlined()
 def _value(numbers, row, c, halves, real):  # type: ignore[no-untyped-def]
-    """numbers[row, c] in real's dtype; uint16 are the bits of a half or of a bfloat."""
+    """numbers[row, c] in real's dtype; uint16 are the bits of `halves`, or else of bfloats."""
     if numbers.dtype == _BITS:
         bits = np.uint16(numbers[row, c])
         return real.dtype.type(_half_to_float(bits) if halves else _bfloat_to_float(bits))
