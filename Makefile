@@ -3,28 +3,37 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: demo test lint bench results clean
+.PHONY: demo test test-oldest lint bench results clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   draw data, cache a teacher, train a student without and with it, compare (minutes, CPU)"
-	@echo "make test   the tests"
+	@echo "make test   the tests; make test-oldest: with the oldest PyTorch that is supported, in .venv-oldest"
 	@echo "make lint   ruff, mypy and the import contract"
 	@echo "make bench  speed and memory, as a table and build/bench.json"
 	@echo "make results  the tables and the plot of docs/results.md (hours; stopped, it goes on where it was)"
 
-.venv/ready: setup.cfg pyproject.toml
+.venv/ready: setup.cfg pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[test,lint]'
+	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable '.[test,lint]'
+	@touch $@
+
+.venv-oldest/ready: setup.cfg pyproject.toml tests/constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
+	.venv-oldest/bin/python -m pip install --quiet --constraint tests/constraints-oldest.txt --editable '.[test]'
 	@touch $@
 
 .venv/ready-bench: .venv/ready
-	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable '.[bench]'
 	@touch $@
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2
+
+test-oldest: .venv-oldest/ready
+	.venv-oldest/bin/python -m pytest -n 2
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -76,4 +85,4 @@ $(DEMO)/detections.png: $(addsuffix /finished,$(RUNS))
 		$(DEMO)/runs/distilled/best.safetensors --data $(DEMO)/data --sizes 128 --out $@
 
 clean:
-	rm -rf .venv build
+	rm -rf .venv .venv-oldest build
