@@ -116,16 +116,3 @@ def test_bad_input_is_refused(costs: Tensor, rows: Tensor | None, columns: Tenso
     """Wrong shapes and dtypes give ValueError at the start, not when the result is asked for."""
     with pytest.raises(ValueError, match=message):
         hungarian_start(costs, rows, columns)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu() -> None:
-    """The result is on the costs' device and equals the host's, although the costs are overwritten right after."""
-    costs = torch.rand(6, 2, 300, 20)
-    rows = torch.rand(2, 300) < 0.8
-    on_device = costs.cuda()
-    matching = hungarian_start(on_device, rows.cuda())
-    on_device.zero_()
-    assert matching.result().is_cuda
-    assert torch.equal(matching.result().cpu(), hungarian(costs, rows))

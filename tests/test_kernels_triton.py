@@ -126,35 +126,3 @@ def test_float64_is_refused() -> None:
     arguments = (torch.zeros(1, 1, dtype=torch.int8), torch.zeros(1).long(), torch.zeros(1), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="does not take float64"):
         cached_feature_loss(value[0], *arguments, backend="triton")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_on_a_gpu(dtype: torch.dtype) -> None:
-    """Both operators on the device, "auto", against the float64 references: 1e-5 in float32, two roundings else."""
-    from deformable_cases import SHAPES, inputs, relative_error
-    from feature_loss_cases import inputs as loss_inputs
-
-    tolerance = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
-    shape = SHAPES["usual"]
-    value, locations, weights = (tensor.detach() for tensor in inputs(shape))
-    value = value.to(dtype)
-    results = []
-    for tensors in ((value.cuda(), locations.cuda(), weights.cuda()), (value.double(), locations.double(), weights)):
-        leaves = tuple(tensor.requires_grad_() for tensor in tensors)
-        output = deformable_attention(leaves[0], shape.levels, leaves[1], leaves[2])
-        results.append([output, *torch.autograd.grad(output.sum(), leaves)])
-    for found, expected in zip(*results, strict=True):
-        assert relative_error(found.cpu(), expected) < tolerance
-
-    for name in ("int8, groups", "codes for 4"):
-        case = loss_inputs(name)
-        student = case.student.detach().to(dtype).cuda().requires_grad_()
-        _, *others = (None if tensor is None else tensor.cuda() for tensor in case.arguments())
-        loss = cached_feature_loss(student, *others)
-        expected_student = student.detach().double().cpu().requires_grad_()
-        expected = cached_feature_loss(expected_student, *case.arguments()[1:], backend="reference")
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-        grads = torch.autograd.grad(loss, student)[0].cpu(), torch.autograd.grad(expected, expected_student)[0]
-        assert relative_error(*grads) < tolerance

@@ -23,7 +23,15 @@ from student_train.checkpoint import checkpoints, load_checkpoint
 from student_train.config import SpeedOptions, TrainConfig
 from student_train.interruption import Interrupted
 from student_train.step import Training
-from tests.training_cases import configuration, make_store, run_command_line, run_ranks, start_process, steps_of
+from tests.training_cases import (
+    configuration,
+    make_store,
+    run_command_line,
+    run_ranks,
+    start_process,
+    steps_of,
+    wait_for_steps,
+)
 
 STEPS = 10
 
@@ -217,13 +225,6 @@ def command(folder: Path, out: Path) -> list[str]:
         "--batch-size", "4", "--out", str(out), "--name", "run", "--workers", "1", "--device", "cpu",
         "--eval-every", "0", "--checkpoint-every", "2", "--keep", "3",
     ]  # fmt: skip
-
-
-def wait_for_steps(run: Path, steps: int) -> None:
-    begun = time.monotonic()
-    while not (run / "metrics.jsonl").is_file() or len(steps_of(run)) < steps:
-        assert time.monotonic() < begun + 120
-        time.sleep(0.02)
 
 
 def test_a_process_told_to_stop_and_one_killed(folder: Path, tmp_path: Path) -> None:

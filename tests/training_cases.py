@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,14 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that are steps, not evaluations."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "losses" in line]
+
+
+def wait_for_steps(run: Path, steps: int) -> None:
+    """Until the metrics of a run have so many steps; at most two minutes."""
+    begun = time.monotonic()
+    while not (run / "metrics.jsonl").is_file() or len(steps_of(run)) < steps:
+        assert time.monotonic() < begun + 120
+        time.sleep(0.02)
 
 
 def start_process(function: Callable[..., None], *arguments: Any, rank: int = 0, ranks: int = 1, port: int = 0) -> Any:

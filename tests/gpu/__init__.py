@@ -1,0 +1,1 @@
+"""What only a GPU can show: `make gpu` (docs/gpu.md). The ordinary run does the same tests in small on the CPU."""
