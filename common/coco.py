@@ -15,7 +15,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from common.errors import UserError
 from common.json_stream import Objects, UnexpectedKind, read_lists
+from common.pixel_rule import PixelRule
 from common.records import ImageEntry
 
 Integers = npt.NDArray[np.int64]
@@ -36,7 +37,7 @@ class Annotations:
 
     entries: every image of the json, sorted by image id, those without annotations included; the boxes of an image are
     in the order of the json. category_ids: the category id of each class index, ascending. class_names: likewise.
-    sha256: of the json file's bytes, in hexadecimal: the identity of the annotations.
+    sha256: of the json file's bytes, in hexadecimal: the identity of the annotations. rule: how its images are decoded.
     """
 
     entries: tuple[ImageEntry, ...]
@@ -45,6 +46,7 @@ class Annotations:
     annotation_file: Path
     image_folder: Path
     sha256: str
+    rule: PixelRule = field(default_factory=PixelRule)
 
     @property
     def num_classes(self) -> int:
@@ -52,6 +54,10 @@ class Annotations:
 
     def image_path(self, entry: ImageEntry) -> Path:
         return self.image_folder / entry.file_name
+
+    def decoded_by(self, rule: PixelRule) -> Annotations:
+        """The same with another rule for their images."""
+        return replace(self, rule=rule)
 
     def only_annotated(self) -> Annotations:
         """The same without the images that have no box to learn from."""

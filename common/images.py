@@ -5,39 +5,70 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import struct
+import os
+import stat
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 from torch import Tensor
 
 from common.augment import apply_image
+from common.coco import Annotations
 from common.errors import UserError
-from common.records import Augmentation, Batch, Targets
+from common.pixel_rule import SIDEWAYS, UPRIGHT, PixelRule, Size, grey_of_8_bits, orientation_of, upright
+from common.records import Augmentation, Batch, ImageEntry, Targets
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 PADDING_MULTIPLE = 64  # the coarsest stride: no level of the pyramid gets a partly padded last cell
 
 
-def load_image(path: Path, expected_size: tuple[int, int] | None = None) -> Tensor:
-    """Decode a JPEG or PNG file to uint8 RGB (3, H, W); grey and CMYK are converted, EXIF rotation is not applied.
+LARGEST_PIXELS = 89_478_485  # of a file: a quarter of a GB as RGB, the size from which on Pillow warns
 
-    That is how COCO's boxes were drawn and how the official code reads them. Raises UserError, naming the file, where
-    it is missing, broken, or not of the expected (width, height).
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # refused here, without its warning
+warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)  # alpha is left out, as it should be
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)  # the picture is none the worse for it
+
+
+class BrokenImage(UserError):
+    """A file that cannot be decoded: what --skip-broken goes on without."""
+
+
+def load_entry(annotations: Annotations, entry: ImageEntry) -> Tensor:
+    """`load_image` for an image of the annotations, by their rule."""
+    return load_image(annotations.image_path(entry), (entry.width, entry.height), annotations.rule)
+
+
+def load_image(path: Path, expected_size: Size | None = None, rule: PixelRule | None = None) -> Tensor:
+    """Decode an image file (JPEG, PNG, ...) to uint8 RGB (3, H, W).
+
+    Grey, palettes and CMYK are converted, 16 bits of grey scaled to 8, alpha is left out, of several frames the first
+    is taken. rule: which way up it is (default: auto). Raises BrokenImage, naming the file, where it cannot be decoded,
+    and UserError where it cannot be read or is not of the expected (width, height).
     """
-    return decode_image(read_image(path), str(path), expected_size)
+    return decode_image(read_image(path), str(path), expected_size, rule)
 
 
 def read_image(path: Path) -> bytes:
-    """The bytes of an image file. UserError where it is missing."""
+    """The bytes of an image file. UserError where it is missing, is no file, or cannot be read."""
     try:
-        return path.read_bytes()
+        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return file.readall()
+    except FileNotFoundError:
+        raise UserError(f"expected an image at {path}: No such file or directory") from None
     except OSError as error:
-        raise UserError(f"expected an image at {path}: {error.strerror}") from None
+        raise UserError(f"expected an image at {path}, which cannot be read: {error.strerror}") from None
+    raise UserError(f"expected an image at {path}, found something that is no file")
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a named pipe would have us wait for who writes to it
 
 
 def normalise(image: Tensor) -> Tensor:
@@ -76,23 +107,57 @@ def pixel_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def decode_image(data: bytes, name: str, expected_size: tuple[int, int] | None) -> Tensor:
+def decode_image(data: bytes, name: str, expected_size: Size | None, rule: PixelRule | None = None) -> Tensor:
     """`load_image` for the bytes of a file; name: of the file, for the error."""
     # Pillow, as the official code: torchvision's decoders are on their way out (deprecated in 0.29).
+    rule = rule or PixelRule()
     try:
         with Image.open(io.BytesIO(data)) as file:
-            pixels = np.array(file.convert("RGB"))
+            pixels = np.array(_rgb(file, name, expected_size, rule))
+    except UserError:
+        raise
     except UnidentifiedImageError:
-        raise UserError(f"expected a JPEG or PNG image at {name}, found something else") from None
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"expected a whole JPEG or PNG image at {name}: {error}") from None
-    height, width, _ = pixels.shape
-    if expected_size is not None and (width, height) != expected_size:
-        raise UserError(
-            f"expected {name} to have {expected_size[0]} x {expected_size[1]} pixels, as in the annotations, found "
-            f"{width} x {height}: is it the file that was annotated?"
-        )
+        found = f"something else, which begins with {data[:12]!r}" if data else "an empty file"
+        raise BrokenImage(f"expected a JPEG or PNG image at {name}, found {found}") from None
+    except Image.DecompressionBombError:
+        raise BrokenImage(_too_large(name, f"over {2 * LARGEST_PIXELS}")) from None
+    except MemoryError:
+        raise UserError(f"there is not enough memory to decode {name}: use fewer --workers") from None
+    except Exception as error:  # decoders raise all kinds of things
+        if isinstance(error, OSError) and error.errno is not None:  # what the system says is not the file's fault
+            raise UserError(f"{name} could not be decoded: {error.strerror}") from None
+        raise BrokenImage(f"expected a whole JPEG or PNG image at {name}: {error}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _rgb(file: Image.Image, name: str, expected_size: Size | None, rule: PixelRule) -> Image.Image:
+    """The opened file decoded, in RGB and by the rule; its size is looked at before."""
+    if rule.exif is None:
+        rule.orientation(name, file.size, UPRIGHT, expected_size)
+        return file.convert("RGB")
+    found = orientation_of(file)
+    stored = file.size[::-1] if file.format == "TIFF" and found in SIDEWAYS else file.size  # Pillow gives the shown one
+    orientation = rule.orientation(name, stored, found, expected_size)
+    if file.width * file.height > LARGEST_PIXELS:
+        raise BrokenImage(_too_large(name, f"{file.width} x {file.height}"))
+    return upright(_eight_bits(file, name).convert("RGB"), orientation)
+
+
+def _eight_bits(file: Image.Image, name: str) -> Image.Image:
+    """An image of 16 bits of grey in 8; any other as it is. BrokenImage where values have no fixed range."""
+    if not file.mode.startswith(("I", "F")):
+        return file
+    if file.mode in ("I", "F") and file.format not in ("PNG", "PPM"):  # whose I is of 16 bits
+        raise BrokenImage(
+            f"expected 8 or 16 bits a value in {name}, found Pillow's mode {file.mode}, whose values have no fixed"
+            " range: convert it to 8 bits"
+        )
+    bits = file.tag_v2[BITSPERSAMPLE][0] if isinstance(file, TiffImageFile) else 16  # also 12
+    return Image.fromarray(grey_of_8_bits(np.asarray(file.copy()), 2**bits - 1))
+
+
+def _too_large(name: str, found: str) -> str:
+    return f"expected at most {LARGEST_PIXELS} pixels in {name}, found {found}: scale it down, and its boxes with it"
 
 
 # A crop that shrinks, a crop that grows and is mirrored, and the whole image to an uneven size.

@@ -10,6 +10,7 @@ from common.coco import check_images, load_annotations
 from common.detr.weights import load_detector
 from common.errors import run_command
 from common.evaluate import write_results
+from common.pixel_rule import PixelRule
 from common.runtime import choose_device, log, read_ranks, start_logging
 from student_train import loop
 from student_train.compare import draw_curves, read_run, table
@@ -48,7 +49,7 @@ def evaluate(arguments: list[str]) -> None:
     if config.record is not None:
         check_free_of_runs(config.record)
     device = choose_device(config.device)
-    annotations = load_annotations(config.data, config.split)
+    annotations = load_annotations(config.data, config.split).decoded_by(PixelRule(config.exif))
     check_images(annotations)
     detector, report = load_detector(config.checkpoint, category_ids=annotations.category_ids)
     for line in report.lines():
@@ -57,6 +58,8 @@ def evaluate(arguments: list[str]) -> None:
     results = detect_split(
         detector.to(device), annotations, policy, batch_size=config.batch_size, workers=config.workers
     )
+    for line in annotations.rule.report():
+        log.warning(line)
     if config.detections is not None:
         write_results(config.detections, results)
     metrics = average_precision(annotations, results)
@@ -98,7 +101,7 @@ def picture(arguments: list[str]) -> None:
     config = parse(PictureConfig, arguments, "python -m student_train picture")
     start_logging()
     device = choose_device(config.device)
-    annotations = load_annotations(config.data, config.split)
+    annotations = load_annotations(config.data, config.split).decoded_by(PixelRule(config.exif))
     shown = replace(annotations, entries=annotations.entries[: config.images])
     check_images(shown)
     results = {}

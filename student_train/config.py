@@ -10,6 +10,7 @@ import tyro
 
 from common.detr.presets import preset_named
 from common.errors import UserError
+from common.pixel_rule import Exif
 from student_train.recipe import configured, read_recipe, recipe_of
 
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
@@ -19,6 +20,7 @@ OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_beha
 OptionalInts = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...", help_behavior_hint="")]
 OptionalSubset = Annotated[int | float | None, tyro.conf.arg(metavar="N|FRACTION", help_behavior_hint="")]
 OptionalName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
+OptionalExif = Annotated[Exif | None, tyro.conf.arg(metavar="{auto,apply,ignore}", help_behavior_hint="")]
 Config = TypeVar("Config")
 
 MARKERS = (tyro.conf.OmitArgPrefixes,)
@@ -48,6 +50,9 @@ class DataOptions:
     sizes: OptionalInts = None
     """Short sides in pixels to draw from, instead of Deformable DETR's 480, 512, ... 800; no crops then. A cache
     brings its own augmentation."""
+    exif: OptionalExif = None
+    """Turn images as their EXIF orientation says: apply, ignore, or auto, which does so unless their annotated size is
+    that of the stored pixels. (default: auto; with a cache, as it was written)"""
     skip_broken: bool = False
     """Train on other samples in the place of images that cannot be decoded, and list them."""
     workers: int = 4
@@ -278,6 +283,9 @@ class EvaluateConfig:
     """Split to evaluate on."""
     sizes: OptionalInts = None
     """The short sides that training drew from: images are evaluated at the largest. (default: as its file says)"""
+    exif: Exif = "auto"
+    """Turn images as their EXIF orientation says: apply, ignore, or auto, which does so unless their annotated size is
+    that of the stored pixels."""
     batch_size: int = 4
     """Images of one forward pass."""
     workers: int = 4
@@ -329,6 +337,9 @@ class PictureConfig:
     """Split to take the images from."""
     sizes: OptionalInts = None
     """The short sides that training drew from: images are shown at the largest. (default: as their files say)"""
+    exif: Exif = "auto"
+    """Turn images as their EXIF orientation says: apply, ignore, or auto, which does so unless their annotated size is
+    that of the stored pixels."""
     images: int = 6
     """How many of the split's images, from the first on."""
     min_score: float = 0.3

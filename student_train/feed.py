@@ -25,7 +25,7 @@ from common.cache.buffers import BatchBuffers
 from common.cache.reader import CacheReader, CorruptRecord
 from common.coco import Annotations
 from common.errors import UserError
-from common.images import collate, decode_image, normalise, read_image
+from common.images import BrokenImage, collate, decode_image, normalise, read_image
 from common.records import Augmentation, Batch, ImageEntry, Targets
 from common.runtime import Ranks, log
 from student_train.batching import (
@@ -183,13 +183,13 @@ class Replayed:
 def replay(sample: Sample, annotations: Annotations) -> Replayed:
     """Decode a sample's image and replay its augmentation.
 
-    Raises UserError where the file is missing, broken or not of the annotated size.
+    Raises BrokenImage where the file cannot be decoded, UserError where it is missing or not of the annotated size.
     """
     entry, path = sample.entry, annotations.image_path(sample.entry)
     begun = time.perf_counter()
     data = read_image(path)
     read = time.perf_counter()
-    image = decode_image(data, str(path), (entry.width, entry.height))
+    image = decode_image(data, str(path), (entry.width, entry.height), annotations.rule)
     pixels = normalise(apply_image(image, sample.augmentation))
     targets = apply_boxes(entry, sample.augmentation)
     return Replayed(pixels, targets, read - begun, time.perf_counter() - read)
@@ -329,7 +329,7 @@ class Feed:
     def _image(self, sample: Sample, replayed: Future[Replayed]) -> Replayed | None:
         try:
             result = replayed.result()
-        except UserError as error:
+        except BrokenImage as error:
             if not self._options.skip_broken:
                 raise UserError(f"{error} (--skip-broken goes on without it)") from None
             if sample.entry.file_name not in self.broken:

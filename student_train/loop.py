@@ -333,6 +333,7 @@ class Run:
         lines = [time_spent(totals)]
         if totals.steps:
             lines.append(bottleneck(totals, feed.work, self.config.data.workers))
+        lines += self.data.train.rule.report()
         if feed.broken:
             lines.append(f"skipped {len(feed.broken)} broken images: {', '.join(sorted(feed.broken))}")
         if feed.corrupt:

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 
 from common.coco import Annotations
 from common.evaluate import Result
-from common.images import load_image
+from common.images import load_entry
 
 matplotlib.use("agg")  # files only, no display needed
 CELL_INCHES = 2.4
@@ -35,7 +35,7 @@ def draw_detections(
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(rows), len(entries), squeeze=False)
     for column, entry in enumerate(entries):
-        pixels = load_image(annotations.image_path(entry)).permute(1, 2, 0).numpy()
+        pixels = load_entry(annotations, entry).permute(1, 2, 0).numpy()
         for axis in axes[:, column]:
             axis.imshow(pixels)
             axis.set(xticks=[], yticks=[])

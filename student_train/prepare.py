@@ -20,6 +20,7 @@ from common.detr.presets import preset_named
 from common.detr.weights import load_backbone, load_detector
 from common.errors import UserError
 from common.images import pixel_fingerprint
+from common.pixel_rule import PixelRule, rule_of_store
 from common.resampling import match_levels
 from common.runtime import Ranks, log
 from common.subset import take_subset
@@ -77,9 +78,11 @@ def prepare_data(options: DataOptions, settled: Callable[[CacheReader], Shards] 
         keep_to(reader, settled(reader))
         say_if_unfinished(reader)
         train = in_store(train, reader)
-    train = take_subset(train, options.subset)
-    if not options.skip_broken:
-        check_images(train)
+        rule = rule_of_store(reader.path, reader.manifest.views.exif, options.exif)
+    else:
+        rule = PixelRule(options.exif or "auto")
+    train, val = take_subset(train, options.subset).decoded_by(rule), val.decoded_by(rule)
+    check_images(train)
     check_images(val)
     policy = policy_of_sizes(options.sizes) if teachers is None else reader.manifest.views.policy
     return Data(train, val, policy, teachers)

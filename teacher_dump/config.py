@@ -10,6 +10,7 @@ import tyro
 
 from common.cache.schema import CodecInfo, LogitsCodec, Rounding, TokenCodec
 from common.errors import UserError
+from common.pixel_rule import Exif
 
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
@@ -48,6 +49,9 @@ class DataOptions:
     """Short sides in pixels to draw from, instead of Deformable DETR's 480, 512, ... 800; no crops then."""
     augment: bool = True
     """Mirror, crop and resize at random. --no-augment shows whole images at their largest size, as evaluation does."""
+    exif: Annotated[Exif | None, tyro.conf.arg(metavar="{auto,apply,ignore}", help_behavior_hint="")] = None
+    """Turn images as their EXIF orientation says: apply, ignore, or auto, which does so unless their annotated size is
+    that of the stored pixels. (default: auto; of a store that is completed, its own)"""
     skip_broken: bool = False
     """Leave out images that cannot be decoded and list them at the end, instead of stopping at the first."""
     workers: int = 4

@@ -16,7 +16,8 @@ from common.cache.codec import decode_logits
 from common.cache.reader import CacheReader
 from common.coco import load_annotations
 from common.errors import UserError
-from common.images import load_image
+from common.images import load_entry
+from common.pixel_rule import rule_of_store
 from common.records import Augmentation, CachedBatch, ImageEntry
 from teacher_dump.job import augmentation_of
 
@@ -35,14 +36,15 @@ def draw_sample(reader: CacheReader, data: Path, image_id: int, view: int, out: 
         raise UserError(
             f"the record of image {image_id}, view {view} is not there: its shard is missing or it was skipped"
         )
-    annotations = load_annotations(data, reader.manifest.data.split)
+    rule = rule_of_store(reader.path, reader.manifest.views.exif, None)
+    annotations = load_annotations(data, reader.manifest.data.split).decoded_by(rule)
     entry = next((entry for entry in annotations.entries if entry.image_id == image_id), None)
     if entry is None:
         raise UserError(
             f"{annotations.annotation_file} has no image {image_id}; name the data that was dumped with --data"
         )
     augmentation = augmentation_of(reader.table.augmentation[row])
-    image = apply_image(load_image(annotations.image_path(entry), (entry.width, entry.height)), augmentation)
+    image = apply_image(load_entry(annotations, entry), augmentation)
     record = reader.read([row])
     names = reader.manifest.data.class_names
     levels = _level_weights(reader, record, row)

@@ -34,7 +34,7 @@ from teacher_dump.encode import (
     read_statistics,
     run_teacher,
 )
-from teacher_dump.job import Job, batches, load_sample, prepare
+from teacher_dump.job import Job, batches, load_sample, prepare, rule_of_dump
 from teacher_dump.score import score_store
 from teacher_dump.several import one_by_one
 from teacher_dump.store import Batches, missing_shards, shard_rows, writable_store, write_errors, write_shards
@@ -73,6 +73,7 @@ def run_dump(config: DumpConfig) -> Summary:
 def _dump_teacher(config: DumpConfig, annotations: Annotations, device: torch.device, ranks: Ranks) -> Summary:
     """The store of one teacher, which leaves memory when this returns."""
     (name,) = config.teacher.teachers
+    annotations = annotations.decoded_by(rule_of_dump(config.store.out, config.data.exif))
     teacher = load_teacher(name, annotations, device, config.teacher.teacher_size)
     job = prepare(config, annotations, teacher)
     log.info(
@@ -81,6 +82,8 @@ def _dump_teacher(config: DumpConfig, annotations: Annotations, device: torch.de
         f" {job.manifest.layout.shards} shards; teacher {teacher.info.name} on {device}"
     )
     summary = write_missing(job, config.store.out, config.data.workers, config.data.skip_broken, ranks)
+    for line in annotations.rule.report():
+        log.warning(line)
     if ranks.is_first and (score := score_store(config.store.out, annotations)) is not None:
         log.info(str(score))
     return summary
@@ -127,9 +130,11 @@ def store_constants(job: Job) -> dict[str, npt.NDArray[np.float32]]:
     constants = dict(job.teacher.constants)
     if job.manifest.codec.calibrated:
         samples: list[Calibration] = []
+        broken: list[str] = []
         chosen = calibration_rows(len(job.plan.table), job.manifest.batch_size)
         for rows in tqdm(chosen, desc="calibration", unit=" batches", mininterval=BAR_INTERVAL_S):
             loaded = [load_sample(job, row, skip_broken=True) for row in rows]
             samples += calibrations(job.manifest, loaded, run_teacher(job, loaded))
-        constants |= calibrate(job.manifest, samples)
+            broken += [sample.broken for sample in loaded if sample.image is None]
+        constants |= calibrate(job.manifest, samples, broken)
     return constants

@@ -175,16 +175,17 @@ def calibrations(manifest: Manifest, samples: Sequence[Sample], answers: Sequenc
     ]
 
 
-def calibrate(manifest: Manifest, samples: Sequence[Calibration]) -> dict[str, Floats]:
+def calibrate(manifest: Manifest, samples: Sequence[Calibration], broken: Sequence[str] = ()) -> dict[str, Floats]:
     """The channel statistics or codebooks that the store's codec needs, as constants of the store.
 
-    UserError without any sample.
+    broken: why others than `samples` are not there. UserError without any sample, with the first reason.
     """
     codec = manifest.codec
     if not codec.calibrated:
         return {}
     if not samples:
-        raise UserError(f"none of {CALIBRATION_SAMPLES} images could be decoded; check the image folder")
+        reason = f"none of {len(broken)} images could be decoded, the first: {broken[0]}" if broken else "there is none"
+        raise UserError(f"expected samples to find what --tokens {codec.tokens} needs, but {reason}")
 
     def measured(tokens: Sequence[Floats], weights: Sequence[Floats]) -> dict[str, Floats]:
         every = np.concatenate(tokens)

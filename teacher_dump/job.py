@@ -15,11 +15,12 @@ from common.augment import AugmentPolicy, apply_boxes, apply_image, evaluation_p
 from common.cache.plan import Plan, make_plan
 from common.cache.reader import read_manifest
 from common.cache.schema import DataInfo, Layout, Manifest, ViewInfo, differences
-from common.cache.storage import Location
+from common.cache.storage import Location, locate
 from common.cache.writer import read_table
 from common.coco import Annotations, check_images, load_annotations
 from common.errors import UserError
-from common.images import load_image, pixel_fingerprint
+from common.images import BrokenImage, load_entry, pixel_fingerprint
+from common.pixel_rule import Exif, PixelRule, rule_of_store
 from common.records import Augmentation, ImageEntry, Targets
 from common.runtime import choose_device, software_versions
 from common.subset import take_subset
@@ -72,7 +73,9 @@ def prepare(config: DumpConfig, annotations: Annotations, teacher: Teacher) -> J
     draft = Manifest(
         teacher=teacher.info,
         data=_data_info(annotations, config.data.split),
-        views=ViewInfo(config.data.seed, config.data.views, _policy(config.data), pixel_fingerprint()),
+        views=ViewInfo(
+            config.data.seed, config.data.views, _policy(config.data), pixel_fingerprint(), annotations.rule.exif
+        ),
         codec=codec,
         layout=Layout(samples=0, shard_samples=1, shard_tokens=1, page_tokens=1),  # the plan decides it
         batch_size=config.teacher.batch_size,
@@ -93,6 +96,13 @@ def prepare(config: DumpConfig, annotations: Annotations, teacher: Teacher) -> J
     return Job(annotations, _by_id(annotations), teacher, replace(draft, layout=plan.layout), plan)
 
 
+def rule_of_dump(out: Location, wanted: Exif | None) -> PixelRule:
+    """The rule of the store at `out` where one is, so that it can be completed; of a new one what is wanted."""
+    if not locate(out).exists("zarr.json"):
+        return PixelRule(wanted or "auto")
+    return rule_of_store(out, read_manifest(out).views.exif, wanted)
+
+
 def job_of_store(store: Location, source: SourceOptions, *, same_software: bool) -> Job:
     """The job that wrote `store`, for doing parts of it again.
 
@@ -103,6 +113,7 @@ def job_of_store(store: Location, source: SourceOptions, *, same_software: bool)
     annotations = load_annotations(source.data, found.data.split)
     if found.data.images < len(annotations.entries):
         annotations = take_subset(annotations, found.data.images)
+    annotations = annotations.decoded_by(rule_of_store(store, found.views.exif, None))
     check_images(annotations)
     device = choose_device(source.device)
     teacher = load_teacher(split_name(source.teacher)[1], annotations, device, found.teacher.input_size)
@@ -135,14 +146,15 @@ def batches(samples: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def load_sample(job: Job, row: int, skip_broken: bool) -> Sample:
-    """Decode and replay one row of the plan. A broken image is a UserError, or a sample without pixels."""
+    """Decode and replay one row of the plan. A broken image is a UserError, or a sample without pixels; one that is
+    missing, cannot be read, or has another size than its annotations is a UserError."""
     table = job.plan.table
     entry, augmentation = job.entries[int(table.image_id[row])], augmentation_of(table.augmentation[row])
     targets = apply_boxes(entry, augmentation)
     sample = Sample(row, entry.image_id, int(table.view[row]), targets, image=None)
     try:
-        image = load_image(job.annotations.image_path(entry), expected_size=(entry.width, entry.height))
-    except UserError as error:
+        image = load_entry(job.annotations, entry)
+    except BrokenImage as error:
         if not skip_broken:
             raise UserError(f"{error} (--skip-broken goes on without such images)") from None
         return replace(sample, broken=str(error))

@@ -16,7 +16,7 @@ from common.runtime import choose_device
 from common.subset import take_subset
 from teacher_dump.config import DumpConfig, PlanConfig
 from teacher_dump.encode import Statistics, calibrate, calibrations, encode_records, run_teacher, statistics_of
-from teacher_dump.job import Job, load_sample, prepare
+from teacher_dump.job import Job, load_sample, prepare, rule_of_dump
 from teacher_dump.several import one_by_one
 from teacher_dump.tables import duration, facts, size, table
 from teacher_dump.teachers import RANDOM, load_teacher
@@ -53,6 +53,7 @@ def _plan_teacher(config: PlanConfig, annotations: Annotations) -> tuple[int, li
     (name,) = config.teacher.teachers
     shapes_only = torch.device("meta" if name.startswith(RANDOM) else "cpu")
     device = choose_device(config.teacher.device) if config.measure else shapes_only
+    annotations = annotations.decoded_by(rule_of_dump(config.store.out, config.data.exif))
     teacher = load_teacher(name, annotations, device, config.teacher.teacher_size)
     job = prepare(DumpConfig(config.data, config.teacher, config.store), annotations, teacher)
     costs = measure(job, config.measure) if config.measure else None
@@ -72,7 +73,8 @@ def measure(job: Job, batches: int) -> Costs:
         answers = run_teacher(job, samples)
         marks_s.append(time.perf_counter())
         if statistics.tokens is None:
-            statistics = statistics_of(calibrate(job.manifest, calibrations(job.manifest, samples, answers)))
+            broken = [sample.broken for sample in samples if sample.image is None]
+            statistics = statistics_of(calibrate(job.manifest, calibrations(job.manifest, samples, answers), broken))
         encode_records(job, samples, answers, statistics)
         marks_s.append(time.perf_counter())
         times_s.append(np.diff(marks_s) / len(samples))

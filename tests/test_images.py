@@ -56,14 +56,6 @@ def test_every_kind_of_pixels_becomes_rgb(tmp_path: Path, suffix: str, mode: str
     assert (left - expected).abs().max() < 40
 
 
-def test_exif_rotation_is_not_applied(tmp_path: Path) -> None:
-    """COCO's boxes are drawn on the stored pixels: a 30 x 20 image marked as turned stays 30 x 20."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    assert load_image(tmp_path / "turned.jpg", expected_size=(30, 20)).shape == (3, 20, 30)
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from common.augment import AugmentPolicy
 from common.errors import UserError
+from common.pixel_rule import Exif
 
 FORMAT_VERSION = 1
 ATTRIBUTE = "detrcache"  # the group attribute that holds the manifest
@@ -116,6 +117,8 @@ class ViewInfo:
     views: int
     policy: AugmentPolicy
     pixel_fingerprint: str
+    exif: Exif | None = None
+    """How files became pixels (`common.pixel_rule`). None: as before there was a choice."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +227,8 @@ class Manifest:
         value: dict[str, Any] = _MANIFEST.dump_python(self, mode="json")
         if self.codec.logits == "float":  # as the manifests that were written before there was a choice
             del value["codec"]["logits"]
+        if self.views.exif is None:
+            del value["views"]["exif"]
         return value
 
     @staticmethod
