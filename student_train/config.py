@@ -30,12 +30,11 @@ RECIPE_BATCH_SIZE = 32  # for which the learning rate is meant
 @dataclass(frozen=True)
 class DataOptions:
     cache: OptionalStore = None
-    """Store written by teacher_dump, a folder or a bucket's URL. Without one the student is trained plainly, on views
-    drawn afresh each epoch."""
+    """Store written by teacher_dump, a folder or a bucket's URL. Without one, training is plain, on fresh views."""
     teachers: OptionalName = None
     """Of a store of several (docs/teachers.md): average, random, best, or one by its name. (default: average)"""
     local_cache: OptionalPath = None
-    """Folder for copies of a bucket's store, which then is fetched once."""
+    """Folder for copies of what is fetched from a bucket."""
     on_corrupt: Literal["raise", "skip"] = "raise"
     """What to do about damaged records: stop, or train on other samples instead and list them."""
     data: Path = Path("data/coco")
@@ -48,11 +47,10 @@ class DataOptions:
     val_split: str = "val2017"
     """Split to evaluate on."""
     sizes: OptionalInts = None
-    """Short sides in pixels to draw from, instead of Deformable DETR's 480, 512, ... 800; no crops then. A cache
-    brings its own augmentation."""
+    """Short sides in pixels to draw from, instead of Deformable DETR's 480, 512, ... 800; no crops then. Not with a
+    cache."""
     exif: OptionalExif = None
-    """Turn images as their EXIF orientation says: apply, ignore, or auto, which does so unless their annotated size is
-    that of the stored pixels. (default: auto; with a cache, as it was written)"""
+    """EXIF's orientation; auto: where the annotated size allows it. (default: auto; with a cache, its own)"""
     skip_broken: bool = False
     """Train on other samples in the place of images that cannot be decoded, and list them."""
     workers: int = 4
@@ -284,8 +282,7 @@ class EvaluateConfig:
     sizes: OptionalInts = None
     """The short sides that training drew from: images are evaluated at the largest. (default: as its file says)"""
     exif: Exif = "auto"
-    """Turn images as their EXIF orientation says: apply, ignore, or auto, which does so unless their annotated size is
-    that of the stored pixels."""
+    """EXIF's orientation; auto: where the annotated size allows it."""
     batch_size: int = 4
     """Images of one forward pass."""
     workers: int = 4
@@ -338,8 +335,7 @@ class PictureConfig:
     sizes: OptionalInts = None
     """The short sides that training drew from: images are shown at the largest. (default: as their files say)"""
     exif: Exif = "auto"
-    """Turn images as their EXIF orientation says: apply, ignore, or auto, which does so unless their annotated size is
-    that of the stored pixels."""
+    """EXIF's orientation; auto: where the annotated size allows it."""
     images: int = 6
     """How many of the split's images, from the first on."""
     min_score: float = 0.3

@@ -50,8 +50,7 @@ class DataOptions:
     augment: bool = True
     """Mirror, crop and resize at random. --no-augment shows whole images at their largest size, as evaluation does."""
     exif: Annotated[Exif | None, tyro.conf.arg(metavar="{auto,apply,ignore}", help_behavior_hint="")] = None
-    """Turn images as their EXIF orientation says: apply, ignore, or auto, which does so unless their annotated size is
-    that of the stored pixels. (default: auto; of a store that is completed, its own)"""
+    """EXIF's orientation; auto: where the annotated size allows it. (default: auto; to complete a store, its own)"""
     skip_broken: bool = False
     """Leave out images that cannot be decoded and list them at the end, instead of stopping at the first."""
     workers: int = 4
