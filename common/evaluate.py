@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from common.boxes import cxcywh_to_xyxy
-from common.coco import without_segmentation
+from common.coco import Annotations
 from common.errors import UserError
 from common.records import Augmentation
 
@@ -100,29 +100,49 @@ def coco_results(image_id: int, detections: Detections, category_ids: Sequence[i
     ]
 
 
-def load_ground_truth(annotation_file: Path) -> COCO:
-    """pycocotools' index of an 'instances' json, read once and used for any number of evaluations.
+def ground_truth(annotations: Annotations, image_ids: Iterable[int] | None = None) -> COCO:
+    """pycocotools' index of the annotations, crowd regions included, for any number of evaluations.
 
-    Custom data sets lack what COCO's own always has: areas and crowd flags are filled in, and annotations are numbered
-    from 1, because pycocotools takes a match with annotation 0 for no match.
+    image_ids: of these images, by default all. Annotations are numbered from 1, because pycocotools takes a match with
+    annotation 0 for no match.
     """
-    dataset = json.loads(annotation_file.read_bytes(), object_hook=without_segmentation)
-    for number, annotation in enumerate(dataset["annotations"], start=1):
-        annotation["id"] = number
-        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-        annotation.setdefault("iscrowd", 0)
-    return coco_index(dataset)
+    wanted = None if image_ids is None else set(image_ids)
+    entries = [entry for entry in annotations.entries if wanted is None or entry.image_id in wanted]
+    truth, ids = annotations.truth, annotations.category_ids
+    found: list[dict[str, Any]] = []
+    bounds = np.searchsorted(truth.image_ids, [entry.image_id for entry in entries])
+    ends = np.searchsorted(truth.image_ids, [entry.image_id for entry in entries], side="right")
+    for entry, start, end in zip(entries, bounds.tolist(), ends.tolist(), strict=True):
+        columns = (truth.labels, truth.boxes_xywh_px, truth.areas_px, truth.crowd)
+        for label, bbox, area, crowd in zip(*(column[start:end].tolist() for column in columns), strict=True):
+            found.append(
+                {
+                    "id": len(found) + 1,
+                    "image_id": entry.image_id,
+                    "category_id": ids[label],
+                    "bbox": bbox,
+                    "area": area,
+                    "iscrowd": int(crowd),
+                }
+            )
+    images = [{"id": entry.image_id, "width": entry.width, "height": entry.height} for entry in entries]
+    categories = [{"id": i, "name": name} for i, name in sorted(zip(ids, shown_names(annotations), strict=True))]
+    return coco_index({"images": images, "annotations": found, "categories": categories})
 
 
-def coco_ap(
-    ground_truth: COCO | Path, results: Iterable[Result], image_ids: Sequence[int] | None = None
-) -> CocoMetrics:
+def shown_names(annotations: Annotations) -> list[str]:
+    """A name for each class that no other has: those that share one have their category id behind it."""
+    names = annotations.class_names
+    ids = annotations.category_ids
+    return [n if names.count(n) == 1 else f"{n} (category {i})" for i, n in zip(ids, names, strict=True)]
+
+
+def coco_ap(truth: COCO, results: Iterable[Result], image_ids: Sequence[int] | None = None) -> CocoMetrics:
     """Evaluate detections on the given images, or on all of the ground truth.
 
     An image without detections counts as one where nothing was found. Raises UserError where a detection is of an
     image that the ground truth does not have.
     """
-    truth = load_ground_truth(ground_truth) if isinstance(ground_truth, Path) else ground_truth
     found = [dict(result) for result in results]  # pycocotools writes into them
     unknown = {result["image_id"] for result in found} - truth.imgs.keys()
     if unknown:

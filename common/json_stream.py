@@ -67,7 +67,7 @@ class _Text:
         name = None if unread is None else f'"{re.escape(unread)}"'
         self._unread = None if name is None else re.compile(name + r"\s*:\s*\[[][0-9.,eE+\-\s]*\](?=\s*(?:\}|,\s*\"))")
         self._empty = f"{name}:[]"
-        self._read, self._decoder = read, codecs.getincrementaldecoder("utf-8")()
+        self._read, self._decoder = read, codecs.getincrementaldecoder("utf-8-sig")()
         self._window, self._at, self._before, self._ended = "", 0, 0, False
 
     def peek(self) -> str:
@@ -96,6 +96,8 @@ class _Text:
             except json.JSONDecodeError as error:
                 if self._ended:
                     raise self.error(error.msg, error.pos) from None
+            except RecursionError:
+                raise self.error("lists or objects nested too deeply") from None
             self._move()
 
     def list(self) -> Iterator[Any]:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from common.cache.schema import TeacherInfo
-from common.coco import output_columns
 from common.detr.detector import DeformableDetr
 from common.geometry import level_shapes, token_positions_in_batch
 from common.images import collate, normalise
@@ -113,12 +112,11 @@ def detector_info(model: DeformableDetr, name: str, weights_sha256: str, trained
 
 
 def detector_teacher(
-    model: DeformableDetr, name: str, weights_sha256: str, trained: bool, category_ids: Sequence[int]
+    model: DeformableDetr, name: str, weights_sha256: str, trained: bool, columns: Sequence[int]
 ) -> Teacher:
-    """A Deformable DETR of this project as a teacher."""
+    """A Deformable DETR of this project as a teacher. columns: its output for each class of the data set."""
     model = model.eval().requires_grad_(False)
     info = detector_info(model, name, weights_sha256, trained)
-    columns = output_columns(category_ids, model.config.num_classes)
     embeddings = model.query_embeddings
     constants = {}
     if embeddings is not None and not embeddings.is_meta:

@@ -51,7 +51,7 @@ def evaluate(arguments: list[str]) -> None:
     device = choose_device(config.device)
     annotations = load_annotations(config.data, config.split).decoded_by(PixelRule(config.exif))
     check_images(annotations)
-    detector, report = load_detector(config.checkpoint, category_ids=annotations.category_ids)
+    detector, report = load_detector(config.checkpoint, data=annotations.categories)
     for line in report.lines():
         log.info(line)
     policy = saved_policy(config.checkpoint, config.sizes)
@@ -106,7 +106,9 @@ def picture(arguments: list[str]) -> None:
     check_images(shown)
     results = {}
     for checkpoint in config.checkpoints:
-        detector, _ = load_detector(checkpoint, category_ids=annotations.category_ids)
+        detector, report = load_detector(checkpoint, data=annotations.categories)
+        for line in report.notes:
+            log.info(f"{checkpoint}: {line}")
         policy = saved_policy(checkpoint, config.sizes)
         name = checkpoint.parent.name or checkpoint.name
         results[name] = detect_split(detector.to(device), shown, policy, batch_size=1, workers=1)

@@ -18,7 +18,7 @@ from common.ahead import map_ahead
 from common.augment import AugmentPolicy, draw, evaluation_policy, policy_of_sizes
 from common.coco import Annotations
 from common.detr.detector import DeformableDetr
-from common.evaluate import CocoMetrics, Result, coco_ap, coco_results, detect, load_ground_truth
+from common.evaluate import CocoMetrics, Result, coco_ap, coco_results, detect, ground_truth
 from common.images import collate
 from common.records import Batch
 from common.runtime import Ranks
@@ -85,7 +85,7 @@ def detect_split(
 
 def average_precision(annotations: Annotations, results: list[Result]) -> CocoMetrics:
     """COCO's twelve numbers of the detections in a split."""
-    return coco_ap(load_ground_truth(annotations.annotation_file), results)
+    return coco_ap(ground_truth(annotations), results)
 
 
 def _of_all_ranks(results: list[Result], ranks: Ranks) -> list[Result]:

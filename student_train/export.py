@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.augment import AugmentPolicy
+from common.categories import Categories
 from common.coco import load_annotations
 from common.detr import layouts
 from common.detr.backbone import RESNETS
-from common.detr.categories import Categories
 from common.detr.config import DetectorConfig
 from common.detr.detector import DeformableDetr
 from common.detr.layouts import State
@@ -36,13 +36,11 @@ from student_train.export_onnx import to_onnx
 def export(config: ExportConfig) -> None:
     """Write the checkpoint as `config.to` reads it. UserError where that program has no such model."""
     annotations = None if config.data is None else load_annotations(config.data, config.split)
-    category_ids = None if annotations is None else annotations.category_ids
-    detector, report = load_detector(config.checkpoint, category_ids=category_ids)
+    named = None if annotations is None else annotations.categories
+    detector, report = load_detector(config.checkpoint, data=named)
     for line in report.lines():
         log.info(line)
-    categories = report.categories
-    if annotations is not None:
-        categories = Categories(annotations.category_ids, annotations.class_names)
+    categories = report.categories or named
     if categories is None:
         log.warning("the checkpoint does not name its classes, nor will the export: name their data set with --data")
     policy = saved_policy(config.checkpoint, config.sizes)

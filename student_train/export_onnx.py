@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common.augment import AugmentPolicy
 from common.boxes import cxcywh_to_xyxy
-from common.detr.categories import Categories
+from common.categories import Categories
 from common.detr.detector import DeformableDetr
 from common.errors import UserError
 from common.evaluate import DETECTIONS_PER_IMAGE

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from common.cache.reader import CacheReader
 from common.cache.schema import TeacherInfo
+from common.categories import Categories
 from common.detr.attention import FeedForward
-from common.detr.categories import Categories
 from common.detr.detector import DeformableDetr
 from common.detr.weights import save_detector
 from common.evaluate import CocoMetrics

@@ -13,11 +13,13 @@ from common.augment import AugmentPolicy, evaluation_policy, policy_of_sizes
 from common.cache.plan import Integers, level_strides
 from common.cache.reader import CacheReader
 from common.cache.schema import TeacherInfo
-from common.coco import Annotations, check_images, load_annotations, output_columns
+from common.categories import Categories
+from common.coco import Annotations, check_images, load_annotations
 from common.detr.config import DetectorConfig
 from common.detr.detector import DeformableDetr
+from common.detr.layouts import State
 from common.detr.presets import preset_named
-from common.detr.weights import load_backbone, load_detector
+from common.detr.weights import LoadReport, load_backbone, load_detector, select_classes
 from common.errors import UserError
 from common.images import pixel_fingerprint
 from common.pixel_rule import PixelRule, rule_of_store
@@ -127,14 +129,14 @@ def student_config(options: ModelOptions, classes: int, pretrained_backbone: boo
 def prepare_student(config: TrainConfig, data: Data) -> StudentInTraining:
     """Build the student and load the weights it starts from. UserError where it does not fit the store's teachers."""
     options, classes = config.model, data.train.num_classes
-    source = None if options.init is None else load_detector(options.init)[0]
+    source, report = (None, None) if options.init is None else load_detector(options.init)
     architecture = student_config(options, classes, pretrained_backbone=options.backbone_weights is not None)
     same_backbone = source is not None and source.config.backbone == architecture.backbone
     if same_backbone and source is not None and options.backbone_weights is None:
         architecture = replace(architecture, pretrained_backbone=source.config.pretrained_backbone)
     detector = DeformableDetr(architecture)
-    if source is not None:
-        log.info(f"{options.init}: {inherit(detector, source)}")
+    if source is not None and report is not None:
+        log.info(f"{options.init}: {inherit(detector, named_weights(source, report, data.train.categories))}")
     if options.backbone_weights is not None:
         load_backbone(detector, options.backbone_weights)
     elif not same_backbone and architecture.backbone != "tiny":
@@ -168,7 +170,8 @@ def prepare_live(path: Path, data: Data) -> LiveTeacher:
     of_store = [] if data.teachers is None else [reader.manifest.teacher for reader in data.teachers.readers]
     with torch.random.fork_rng(devices=[]):  # the student starts from the same weights with and without it
         model, report = load_detector(path)
-    for line in report.lines():
+    outputs = report.outputs_for(data.train.categories)
+    for line in (*report.lines(), *outputs.notes):
         log.info(line)
     info = detector_info(model, str(path), sha256_of(path), trained=True)
     if of_store and info.weights_sha256 not in [teacher.weights_sha256 for teacher in of_store]:
@@ -178,7 +181,7 @@ def prepare_live(path: Path, data: Data) -> LiveTeacher:
             " leave --cache out"
         )
     log.warning(f"{path} runs beside the student in every step: for comparison with a cache, which spares that")
-    return LiveTeacher(model, info, output_columns(data.train.category_ids, model.config.num_classes))
+    return LiveTeacher(model, info, outputs.columns)
 
 
 def check_fields(reader: CacheReader, options: DistillationOptions) -> None:
@@ -217,9 +220,24 @@ def match_report(teacher: TeacherInfo, sizes: Integers, strides: tuple[int, ...]
     return lines
 
 
-def inherit(detector: DeformableDetr, source: DeformableDetr) -> str:
+def named_weights(source: DeformableDetr, report: LoadReport, data: Categories) -> State:
+    """A detector's weights with the data's classes alone, in their order; without class heads where it has others."""
+    weights = source.state_dict()
+    try:
+        outputs = report.outputs_for(data)
+    except UserError:
+        log.info(
+            f"{report.source}: it tells other classes apart than the data's, {data}: its class outputs are left out"
+        )
+        return {n: w for n, w in weights.items() if not n.startswith(("decoder.class_heads.", "proposer.class_head."))}
+    for line in outputs.notes:
+        log.info(f"{report.source}: {line}")
+    return select_classes(weights, source.config.num_classes, outputs.columns)
+
+
+def inherit(detector: DeformableDetr, weights: State) -> str:
     """Take over every weight of another detector whose name and shape fit; says how many did."""
-    weights, own = source.state_dict(), detector.state_dict()
+    own = detector.state_dict()
     fitting = {name: weight for name, weight in weights.items() if name in own and own[name].shape == weight.shape}
     if not fitting:
         raise UserError("no weight of --init fits the student: leave it out, or choose a student of its sizes")

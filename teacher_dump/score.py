@@ -21,7 +21,7 @@ from common.cache.reader import read_manifest
 from common.cache.storage import Location, locate
 from common.cache.writer import finished_shards, read_skipped, read_table
 from common.coco import Annotations
-from common.evaluate import CocoMetrics, Result, coco_ap, coco_index, coco_results, detect, load_ground_truth
+from common.evaluate import CocoMetrics, Result, coco_ap, coco_index, coco_results, detect, ground_truth
 from common.records import Augmentation
 from teacher_dump.job import augmentation_of
 
@@ -50,7 +50,7 @@ def score_store(store: Location, annotations: Annotations, limit: int = SCORED_S
     if not len(rows):
         return None
     augmentations = {int(table.image_id[row]): augmentation_of(table.augmentation[row]) for row in rows}
-    truth = view_ground_truth(load_ground_truth(annotations.annotation_file), augmentations)
+    truth = view_ground_truth(ground_truth(annotations, augmentations), augmentations)
     by_row = {int(row): int(table.image_id[row]) for row in rows}
     results = list(_results(store, by_row, augmentations, manifest.data.category_ids, manifest.layout.shard_samples))
     whole = all(

@@ -35,9 +35,9 @@ def load_teacher(
         return load_transformers_teacher(name, annotations, device, size)
     if size is not None:
         raise UserError(f"--teacher-size is for teachers named {TRANSFORMERS}..., found {name}; leave it out")
-    category_ids = annotations.category_ids
     if name.startswith(RANDOM):
-        model, weights_sha256, trained = _random_detector(name, len(category_ids), seed, device), "", False
+        model, weights_sha256, trained = _random_detector(name, annotations.num_classes, seed, device), "", False
+        columns = tuple(range(annotations.num_classes))
         log.warning(f"{name} is an UNTRAINED teacher: good for a trial of the pipeline, worthless to learn from")
     else:
         path = Path(name)
@@ -47,10 +47,12 @@ def load_teacher(
                 " `python -m student_train --student r101`, or try the pipeline with --teacher random:r101"
             )
         model, report = load_detector(path)
-        for line in report.lines():
+        outputs = report.outputs_for(annotations.categories)
+        for line in (*report.lines(), *outputs.notes):
             log.info(line)
+        columns = outputs.columns
         weights_sha256, trained = sha256_of(path), True
-    return detector_teacher(model.to(device), name, weights_sha256, trained, category_ids)
+    return detector_teacher(model.to(device), name, weights_sha256, trained, columns)
 
 
 def _random_detector(name: str, classes: int, seed: int, device: torch.device) -> DeformableDetr:

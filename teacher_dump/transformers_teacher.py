@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from common.cache.schema import TeacherInfo
-from common.coco import Annotations, output_columns
+from common.categories import from_transformers, match_outputs
+from common.coco import Annotations
 from common.errors import UserError
 from common.geometry import level_shapes, token_positions_in_batch
 from common.images import IMAGENET_MEAN, IMAGENET_STD, collate
@@ -88,10 +89,11 @@ def load_transformers_teacher(
     if model.config.model_type in ("d_fine", "deimv2"):
         prepare_fine(model, missing)
     preprocessing = read_preprocessing(folder, family, size)
-    labels = {int(index): str(label) for index, label in model.config.id2label.items()}
-    columns = class_columns(labels, annotations.class_names, annotations.category_ids)
-    log.info(f"{called}: {model.config.model_type}; {preprocessing}")
-    return as_teacher(model.to(device), family, preprocessing, columns, called, _fingerprint(folder))
+    config = model.config.to_dict()
+    outputs = match_outputs(from_transformers(config), len(config["id2label"]), annotations.categories)
+    for line in (f"{called}: {model.config.model_type}; {preprocessing}", *outputs.notes):
+        log.info(line)
+    return as_teacher(model.to(device), family, preprocessing, outputs.columns, called, _fingerprint(folder))
 
 
 def as_teacher(
@@ -160,30 +162,6 @@ def sigmoid_logits(logits: Tensor) -> Tensor:
     """
     log_p = logits.double().log_softmax(dim=-1)[..., :-1]
     return (log_p - torch.log(-torch.expm1(log_p))).clamp(-30, 30).to(logits.dtype)
-
-
-def class_columns(
-    labels: Mapping[int, str], class_names: Sequence[str], category_ids: Sequence[int]
-) -> tuple[int, ...]:
-    """Which output of the model answers for each class of the data set.
-
-    By name where all names are found. Otherwise by count (`common.coco.output_columns`): one output per class, or the
-    category id as index; but not if a name that is found says otherwise, or if the model has names and none is found.
-    """
-    columns = {_plain(label): index for index, label in sorted(labels.items(), reverse=True)}
-    found = [columns.get(_plain(name)) for name in class_names]
-    if all(column is not None for column in found):
-        return tuple(column for column in found if column is not None)
-    named = any(not re.fullmatch(r"LABEL_\d+", label) for label in labels.values())
-    by_count = output_columns(category_ids, len(labels))
-    agree = [column == counted for column, counted in zip(found, by_count, strict=True) if column is not None]
-    if named and not (agree and all(agree)):
-        lost = next(name for name, column in zip(class_names, found, strict=True) if column is None)
-        raise UserError(
-            f"expected a teacher with the data set's classes, found {len(labels)} others such as {labels[0]!r} and none"
-            f" called {lost!r}: give id2label in its config.json the names of the annotations' categories"
-        )
-    return by_count
 
 
 def read_preprocessing(folder: Path, family: Family, size: tuple[int, int] | None = None) -> Preprocessing:
@@ -313,10 +291,6 @@ def _with_defaults(family: Family, config: Any) -> Family:
 def _earlier_head(name: str, last: str) -> bool:
     """A prediction head of a layer before the last: published checkpoints often come without."""
     return ("class_embed." in name or "bbox_embed." in name) and last not in name
-
-
-def _plain(label: str) -> str:
-    return label.strip().lower().replace("_", " ")
 
 
 def _fingerprint(folder: Path) -> str:

@@ -29,6 +29,12 @@ def coco_nano() -> Path:
 
 
 @pytest.fixture(scope="session")
+def bccd() -> Path:
+    """364 real images of blood cells, splits train and val, three classes."""
+    return _shared_data("bccd")
+
+
+@pytest.fixture(scope="session")
 def deimv2_atto() -> Path:
     """A trained COCO detector of the DETR family: config.json, model.safetensors and the ONNX file."""
     return _shared_data("deimv2_atto")

@@ -15,7 +15,8 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 
-from common.coco import check_images, load_annotations, missing_images, output_columns
+from common.categories import output_columns
+from common.coco import check_images, load_annotations, missing_images
 from common.errors import UserError
 
 Json = dict[str, Any]
@@ -130,7 +131,7 @@ def _change(section: str, row: int, **fields: Any) -> Callable[[Json], None]:
         (_change("images", 0, id=4), "every image id once, found 1 repeated, the first is 4"),
         (_change("images", 0, file_name="four.jpg"), "every file name once, found 1 repeated, the first is four.jpg"),
         (_change("images", 1, id="4"), "'id' to be a whole number everywhere, found '4'"),
-        (_change("images", 1, width=0), "above 0, found 0 x 60 for four.jpg"),
+        (_change("images", 1, width=0), r"above 0 \(and up to 16777216\), found 0 x 60 for four.jpg"),
         (lambda content: content["images"][1].pop("height"), "'height' in every object, not found in"),
         (_change("annotations", 0, image_id=5), "listed image ids only, found 1 of others, the first of 5"),
         (_change("annotations", 2, category_id=14), "listed category ids only, found 1 of others, the first of 14"),

@@ -19,7 +19,7 @@ pytest.importorskip("transformers", reason="needs the extra: pip install 'detrca
 from common.augment import apply_boxes, apply_image
 from common.cache.reader import CacheReader
 from common.coco import Annotations, load_annotations
-from common.evaluate import CocoMetrics, coco_ap, coco_index, coco_results, detect, load_ground_truth
+from common.evaluate import CocoMetrics, coco_ap, coco_index, coco_results, detect, ground_truth
 from common.images import load_image
 from common.records import Augmentation
 from common.teacher import Teacher
@@ -133,7 +133,7 @@ def live_metrics(teacher: Teacher, annotations: Annotations, reader: CacheReader
         output = teacher.run([apply_image(load_image(annotations.image_path(entry)), augmentation)])
         detections = detect(output.logits[0, -1], output.boxes_cxcywh[0, -1], augmentation)
         results += coco_results(entry.image_id, detections, annotations.category_ids)
-    return coco_ap(annotations.annotation_file, results)
+    return coco_ap(ground_truth(annotations), results)
 
 
 def graph_metrics(graph: Any, annotations: Annotations) -> CocoMetrics:
@@ -147,7 +147,7 @@ def graph_metrics(graph: Any, annotations: Annotations) -> CocoMetrics:
             box = [x0, y0, x1 - x0, y1 - y0]
             category = annotations.category_ids[label]
             results.append({"image_id": entry.image_id, "category_id": category, "bbox": box, "score": score})
-    return coco_ap(annotations.annotation_file, results)
+    return coco_ap(ground_truth(annotations), results)
 
 
 def numbers(metrics: CocoMetrics) -> Sequence[float]:
@@ -207,7 +207,7 @@ def test_ground_truth_of_augmented_views(teacher: Teacher, coco_nano: Path, deim
     annotations = load_annotations(coco_nano, "train2017")
     store = dump(tmp_path / "store.zarr", coco_nano, deimv2_atto, "train2017", augment=True)
     reader = CacheReader(store)
-    truth = load_ground_truth(annotations.annotation_file)
+    truth = ground_truth(annotations)
     crowded = {item["image_id"] for item in truth.dataset["annotations"] if item["iscrowd"]}
     rows = [row for row in reader.rows(0) if int(reader.table.image_id[row]) not in crowded]
     entries = {entry.image_id: entry for entry in annotations.entries}

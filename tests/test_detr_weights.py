@@ -16,6 +16,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
+from common.categories import Categories
 from common.detr import layouts
 from common.detr.config import DetectorConfig
 from common.detr.detector import DeformableDetr
@@ -286,6 +287,10 @@ def test_what_checkpoints_carry_besides(zipped, tmp_path):
     assert_same(model, load_detector(tmp_path / "a.pth")[0])
 
 
+def nameless(ids: list[int]) -> Categories:
+    return Categories(tuple(ids), tuple(map(str, ids)))
+
+
 def test_classes_by_category_id(tmp_path):
     """A checkpoint whose outputs are category ids keeps those of the data, in its order (exact).
 
@@ -294,14 +299,14 @@ def test_classes_by_category_id(tmp_path):
     model = detector("two-stage")
     torch.save(export_state(model, layouts.OFFICIAL), tmp_path / "a.pth")
     ids = [1, 3, 7, 10]
-    loaded, report = load_detector(tmp_path / "a.pth", num_classes=4, category_ids=ids)
+    loaded, report = load_detector(tmp_path / "a.pth", num_classes=4, data=nameless(ids))
     assert loaded.config.num_classes == report.config.num_classes == 4
     assert report.notes == ("4 of its 11 class outputs are kept, by category id",)
     for head, kept in zip(model.decoder.class_heads, loaded.decoder.class_heads, strict=True):
         assert torch.equal(kept.weight, head.weight[ids])
     assert torch.equal(loaded.proposer.class_head.bias, model.proposer.class_head.bias[[0, 3, 7, 10]])
     with pytest.raises(UserError, match="expected a model of 2 class outputs"):
-        load_detector(tmp_path / "a.pth", category_ids=[1, 2])
+        load_detector(tmp_path / "a.pth", data=nameless([1, 2]))
     with pytest.raises(UserError, match=r"a.pth: expected 80 classes as in the data, found a checkpoint of 11"):
         load_detector(tmp_path / "a.pth", num_classes=80)
 

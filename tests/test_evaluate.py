@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from common.augment import EVAL_POLICY, TRAIN_POLICY, apply_boxes, draw
 from common.coco import Annotations, load_annotations
 from common.errors import UserError
-from common.evaluate import Result, coco_ap, coco_results, detect, load_ground_truth, original_boxes, write_results
+from common.evaluate import Result, coco_ap, coco_results, detect, ground_truth, original_boxes, write_results
 from common.records import Augmentation
 
 
@@ -40,7 +40,7 @@ def perfect_results(annotations: Annotations, seed: int | None = None) -> list[R
 def test_the_ground_truth_as_detections_has_ap_1(coco_nano: Path) -> None:
     """On 24 real images with crowd regions: AP, AP50 and AP75 and every class's AP are 1 (1e-9)."""
     annotations = load_annotations(coco_nano, "val2017")
-    metrics = coco_ap(annotations.annotation_file, perfect_results(annotations))
+    metrics = coco_ap(ground_truth(annotations), perfect_results(annotations))
     assert [metrics.ap, metrics.ap50, metrics.ap75] == pytest.approx([1, 1, 1], abs=1e-9)
     present = {annotations.class_names[label] for entry in annotations.entries for label in entry.labels}
     assert metrics.class_ap == pytest.approx(dict.fromkeys(present, 1.0), abs=1e-9)
@@ -51,7 +51,7 @@ def test_all_numbers_equal_a_direct_call_of_pycocotools(coco_nano: Path, capsys:
     annotations = load_annotations(coco_nano, "val2017")
     results = perfect_results(annotations, seed=0)
     image_ids = [entry.image_id for entry in annotations.entries[:20]]
-    metrics = coco_ap(annotations.annotation_file, results, image_ids)
+    metrics = coco_ap(ground_truth(annotations), results, image_ids)
     assert capsys.readouterr().out == ""
     assert 0.05 < metrics.ap < 0.95
 
@@ -72,7 +72,7 @@ def test_all_numbers_equal_a_direct_call_of_pycocotools(coco_nano: Path, capsys:
 
 def test_no_detections_are_an_ap_of_0(coco_nano: Path) -> None:
     annotations = load_annotations(coco_nano, "val2017")
-    metrics = coco_ap(annotations.annotation_file, [])
+    metrics = coco_ap(ground_truth(annotations), [])
     assert (metrics.ap, metrics.ar_100) == (0.0, 0.0)
     assert "AP 0.0" in str(metrics)
 
@@ -80,7 +80,7 @@ def test_no_detections_are_an_ap_of_0(coco_nano: Path) -> None:
 def test_evaluation_leaves_its_arguments_as_they_are(coco_nano: Path) -> None:
     """Twice on one index and one list: equal numbers, and nothing was written into the detections."""
     annotations = load_annotations(coco_nano, "val2017")
-    truth, results = load_ground_truth(annotations.annotation_file), perfect_results(annotations, seed=1)
+    truth, results = ground_truth(annotations), perfect_results(annotations, seed=1)
     first = coco_ap(truth, results)
     assert results == perfect_results(annotations, seed=1)
     assert coco_ap(truth, results) == first
@@ -89,7 +89,7 @@ def test_evaluation_leaves_its_arguments_as_they_are(coco_nano: Path) -> None:
 def test_detections_of_another_split_are_an_error(coco_nano: Path) -> None:
     train, val = load_annotations(coco_nano, "train2017"), load_annotations(coco_nano, "val2017")
     with pytest.raises(UserError, match="24 other images"):
-        coco_ap(val.annotation_file, perfect_results(train))
+        coco_ap(ground_truth(val), perfect_results(train))
 
 
 def test_custom_ground_truth_without_areas_and_numbered_from_0_has_ap_1(tmp_path: Path) -> None:
@@ -100,10 +100,11 @@ def test_custom_ground_truth_without_areas_and_numbered_from_0_has_ap_1(tmp_path
         "annotations": [{"id": i, "image_id": 3, "category_id": 0, "bbox": box} for i, box in enumerate(boxes)],
         "categories": [{"id": 0, "name": "thing"}],
     }
-    path = tmp_path / "instances.json"
-    path.write_text(json.dumps(dataset))
+    (tmp_path / "val").mkdir()
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_val.json").write_text(json.dumps(dataset))
     results = [{"image_id": 3, "category_id": 0, "bbox": box, "score": 0.9} for box in boxes]
-    assert coco_ap(path, results).ap == pytest.approx(1)
+    assert coco_ap(ground_truth(load_annotations(tmp_path, "val")), results).ap == pytest.approx(1)
 
 
 @pytest.mark.parametrize("view", range(6))
@@ -146,7 +147,7 @@ def test_outputs_that_point_at_the_ground_truth_have_ap_1(coco_nano: Path) -> No
         logits[torch.arange(len(targets.labels)), targets.labels] = 5.0
         detections = detect(logits, targets.boxes_cxcywh, a)
         results += coco_results(entry.image_id, detections, annotations.category_ids)
-    assert coco_ap(annotations.annotation_file, results).ap == pytest.approx(1, abs=1e-9)
+    assert coco_ap(ground_truth(annotations), results).ap == pytest.approx(1, abs=1e-9)
 
 
 def test_written_results_are_what_pycocotools_loads(coco_nano: Path, tmp_path: Path) -> None:

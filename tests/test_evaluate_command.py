@@ -9,8 +9,8 @@ import detr_oracle
 import pytest
 import torch
 
+from common.categories import Categories
 from common.coco import load_annotations
-from common.detr.categories import Categories
 from common.detr.config import DetectorConfig
 from common.detr.detector import DeformableDetr
 from common.detr.presets import PRESETS

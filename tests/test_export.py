@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from common.augment import AugmentPolicy, apply_boxes, apply_image, draw, evaluation_policy, policy_of_sizes
+from common.categories import Categories
 from common.coco import Annotations, load_annotations
-from common.detr.categories import Categories
 from common.detr.config import DetectorConfig
 from common.detr.detector import DeformableDetr
 from common.detr.presets import PRESETS
@@ -219,7 +219,7 @@ def test_official_outputs_are_category_ids(two_stage: bool, tmp_path: Path) -> N
     content = torch.load(tmp_path / "official.pth", weights_only=True)
     assert content["model"]["class_embed.0.weight"].shape == (901, 64)
     assert content["model"]["class_embed.0.bias"][4].sigmoid() < 1e-12
-    again, report = load_detector(tmp_path / "official.pth", category_ids=CATEGORIES.ids)
+    again, report = load_detector(tmp_path / "official.pth", data=CATEGORIES)
     assert not report.unused
     ours, theirs = detector.state_dict(), again.state_dict()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
@@ -238,6 +238,7 @@ def test_mmdet(backbone: str, tmp_path: Path) -> None:
         assert found == dict(mmdet_mobilenet())
     again, report = load_detector(tmp_path / "mmdet.pth")
     assert not report.unused
+    assert report.categories == Categories((0, 1, 2), CATEGORIES.names)
     ours, theirs = detector.state_dict(), again.state_dict()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs if not name.endswith("num_batches_tracked"))
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from common.cache.reader import CacheReader
+from common.categories import Categories
 from common.coco import load_annotations
-from common.detr.categories import Categories
 from common.detr.detector import DeformableDetr
 from common.detr.presets import PRESETS
 from common.detr.weights import load_detector, save_detector
@@ -120,13 +120,3 @@ def test_exports_know_the_classes_and_nothing_of_the_teacher(folder: Path, tmp_p
         names = {weight.name for weight in model.graph.initializer}
         assert sum(torch.Size(weight.dims).numel() for weight in model.graph.initializer) <= own + 5000
     assert not [name for name in names if "projection" in name or "teacher" in name]
-
-
-def test_a_checkpoint_of_other_ids_says_so(folder: Path, tmp_path: Path) -> None:
-    """Loaded for a data set of three classes with other ids, its report says that classes are taken in order."""
-    detector, report = load_detector(folder / "run" / "last.safetensors", category_ids=(1, 2, 3))
-    assert any("other category ids (3 dog, 7 cat, 900 owl" in note for note in report.notes)
-    _, report = load_detector(folder / "run" / "last.safetensors", category_ids=(3, 7, 900))
-    assert not report.notes
-    save_detector(tmp_path / "nameless.safetensors", detector)
-    assert load_detector(tmp_path / "nameless.safetensors", category_ids=(1, 2, 3))[1].notes == ()

@@ -18,6 +18,7 @@ pytest.importorskip("transformers", reason="needs the extra: pip install 'detrca
 from tiny_transformers import BUILDERS, LAYERS, QUERIES, build, deformable_detr, detr, stir
 
 from common.cache.reader import CacheReader
+from common.categories import Categories, from_transformers, match_outputs
 from common.coco import Annotations, load_annotations
 from common.errors import UserError
 from common.images import load_image
@@ -37,7 +38,6 @@ from teacher_dump.dump import run_dump
 from teacher_dump.transformers_families import FAMILIES, decode_fine, prepare_fine
 from teacher_dump.transformers_teacher import (
     as_teacher,
-    class_columns,
     load_model,
     load_transformers_teacher,
     read_preprocessing,
@@ -261,7 +261,8 @@ NAMES, IDS = ("cat", "traffic light", "dog"), (3, 5, 9)
     ],
 )
 def test_classes_are_mapped(labels: dict[int, str], columns: tuple[int, ...]) -> None:
-    assert class_columns(labels, NAMES, IDS) == columns
+    known = from_transformers({"id2label": labels})
+    assert match_outputs(known, len(labels), Categories(IDS, NAMES)).columns == columns
 
 
 @pytest.mark.parametrize(
@@ -274,7 +275,7 @@ def test_classes_are_mapped(labels: dict[int, str], columns: tuple[int, ...]) ->
 )
 def test_classes_that_cannot_be_mapped_are_refused(labels: dict[int, str]) -> None:
     with pytest.raises(UserError) as caught:
-        class_columns(labels, NAMES, IDS)
+        match_outputs(from_transformers({"id2label": labels}), len(labels), Categories(IDS, NAMES))
     assert "\n" not in str(caught.value)
 
 

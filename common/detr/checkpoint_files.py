@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from common.categories import from_mmdet
 from common.errors import UserError
 
 FORMAT = "detrcache.detector"
@@ -22,7 +23,7 @@ FORMAT = "detrcache.detector"
 @dataclass(frozen=True)
 class Checkpoint:
     """state: tensors by name. config: the configuration that came along, in the file's metadata or a config.json.
-    metadata: what else a file of this project says of itself."""
+    metadata: what else a file of this project says of itself, or MMDetection's of its classes."""
 
     path: Path
     state: dict[str, Tensor]
@@ -58,8 +59,10 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | None,
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: expected a checkpoint, found a file that cannot be read ({reason[:120]})") from None
-    config = content.get("config") if isinstance(content, Mapping) else None
-    return _tensors(content, path), config if isinstance(config, Mapping) else None, {}
+    config, meta = (content.get(key) if isinstance(content, Mapping) else None for key in ("config", "meta"))
+    known = from_mmdet(meta) if isinstance(meta, Mapping) else None
+    metadata = {} if known is None else known.to_metadata()
+    return _tensors(content, path), config if isinstance(config, Mapping) else None, metadata
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | None, Mapping[str, str]]:

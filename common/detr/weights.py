@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from common.coco import output_columns
-from common.detr import categories
+from common import categories
+from common.categories import Categories, Outputs, match_outputs
 from common.detr.backbone import NAMES, build_backbone
-from common.detr.categories import Categories
 from common.detr.checkpoint_files import FORMAT, Checkpoint, read_checkpoint
 from common.detr.config import DetectorConfig
 from common.detr.detector import DeformableDetr
@@ -41,6 +40,10 @@ class LoadReport:
     notes: tuple[str, ...]
     categories: Categories | None = None
 
+    def outputs_for(self, data: Categories) -> Outputs:
+        """Which of the detector's outputs are the data's classes. UserError where they are other classes."""
+        return _match(self.source, self.categories, self.config.num_classes, data)
+
     def lines(self) -> list[str]:
         """The report for people."""
         c = self.config
@@ -53,13 +56,13 @@ class LoadReport:
 
 
 def load_detector(
-    path: str | Path, num_classes: int | None = None, category_ids: Sequence[int] | None = None
+    path: str | Path, num_classes: int | None = None, data: Categories | None = None
 ) -> tuple[DeformableDetr, LoadReport]:
     """A detector with the weights of a checkpoint of any known layout, on the CPU, in eval mode.
 
     path: .pth or .pt (read with `weights_only=True`), .safetensors, or a folder as transformers writes it. num_classes:
-    how many classes it must tell apart. category_ids: the data's category id of each class; a checkpoint whose outputs
-    are category ids (the official one and transformers': 91 for COCO) then keeps these only, in this order.
+    how many classes it must tell apart. data: the data's classes; the detector then has these alone, in this order
+    (`common.categories.match_outputs`).
 
     The architecture is inferred from names and shapes, or read from the configuration in the file or beside it. Raises
     UserError, one line, if the file cannot be read, is of another architecture, or has another number of classes.
@@ -78,16 +81,12 @@ def load_detector(
         config = _infer_config(state, checkpoint)
         state = gather_heads(state, config)
     known = _categories(checkpoint, config.num_classes)
-    if category_ids is not None and config.num_classes != len(category_ids):
-        columns = output_columns(category_ids, config.num_classes)
-        state, known = _select_classes(state, columns), known and known.select(columns)
-        notes.append(f"{len(category_ids)} of its {config.num_classes} class outputs are kept, by category id")
-        config = dataclasses.replace(config, num_classes=len(category_ids))
-    elif category_ids is not None and checkpoint.metadata and known is not None and known.ids != tuple(category_ids):
-        theirs = ", ".join(f"{i} {name}" for i, name in zip(known.ids[:3], known.names[:3], strict=True))
-        notes.append(
-            f"it learnt other category ids ({theirs} ...): its classes are taken for the data's in their order"
-        )
+    if data is not None:
+        outputs = _match(str(path), known, config.num_classes, data)
+        state = select_classes(state, config.num_classes, outputs.columns)
+        known = known and Categories(data.ids, tuple(known.names[column] for column in outputs.columns))
+        notes += outputs.notes
+        config = dataclasses.replace(config, num_classes=len(data.ids))
     if num_classes is not None and config.num_classes != num_classes:
         raise UserError(
             f"{path}: expected {num_classes} classes as in the data, found a checkpoint of {config.num_classes}; "
@@ -159,6 +158,13 @@ def _layout_of(checkpoint: Checkpoint) -> tuple[Layout, str]:
         f"{checkpoint.path}: expected a Deformable DETR (official, MMDetection, transformers or this project's), found "
         f"another architecture with tensors such as {names}; use a checkpoint of Deformable DETR"
     )
+
+
+def _match(source: str, known: Categories | None, outputs: int, data: Categories) -> Outputs:
+    try:
+        return match_outputs(known, outputs, data)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 def _categories(checkpoint: Checkpoint, num_classes: int) -> Categories | None:
@@ -265,14 +271,16 @@ def _backbone_of(state: State, checkpoint: Checkpoint) -> str:
     )
 
 
-def _select_classes(state: State, columns: Sequence[int]) -> State:
-    """Keep these outputs of every class head. The proposals are ranked by their output 0, whatever class that is."""
+def select_classes(state: State, outputs: int, columns: Sequence[int]) -> State:
+    """Keep these of every class head's outputs. The proposals are ranked by their output 0, whatever class that is."""
     selected = dict(state)
-    for name in state:
-        if re.match(r"decoder\.class_heads\.", name):
-            selected[name] = state[name][list(columns)]
+    for name, tensor in state.items():
+        if tensor.shape[:1] != (outputs,):
+            continue
+        if name.startswith("decoder.class_heads."):
+            selected[name] = tensor[list(columns)]
         elif name.startswith("proposer.class_head."):
-            selected[name] = state[name][[0, *columns[1:]]]
+            selected[name] = tensor[[0, *columns[1:]]]
     return selected
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from common.augment import TRAIN_POLICY
-from common.coco import Annotations
+from common.coco import Annotations, GroundTruth
 from common.images import collate
 from common.records import Batch, ImageEntry
 from student_train.feed import Feed, FeedOptions, FreshViews, replay
@@ -84,4 +84,6 @@ def _images(folder: Path) -> Annotations:
         Image.fromarray(pixels).save(folder / f"{image_id}.jpg", quality=90)
         boxes = np.array([[10, 10, 300, 300]], dtype=np.float32)
         entries.append(ImageEntry(image_id, f"{image_id}.jpg", 640, 480, boxes, np.zeros(1, dtype=np.int64)))
-    return Annotations(tuple(entries), (1,), ("thing",), folder / "none.json", folder, "")
+    nothing = np.zeros(0, dtype=np.int64)
+    truth = GroundTruth(nothing, nothing, np.zeros((0, 4)), np.zeros(0), np.zeros(0, dtype=bool))
+    return Annotations(tuple(entries), (1,), ("thing",), folder / "none.json", folder, "", truth)
