@@ -109,7 +109,7 @@ def match_outputs(known: Categories | None, outputs: int, data: Categories) -> O
             f"expected a detector of the data's classes, {data}, found one of {known}, none of them called"
             f" {lost[0]!r}: classes go by name; give both the same names"
         )
-    pairs = ", ".join(f"{data.names[k]} is its {known.names[columns[k]]!r}" for k, c in enumerate(found) if c is None)
+    pairs = ", ".join(f"{data.names[k]!r} is its {known.names[columns[k]]!r}" for k, c in enumerate(found) if c is None)
     return Outputs(columns, (f"classes of other names are taken by their place: {pairs}",))
 
 

@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from common.categories import Categories
+from common.categories import Categories, match_names
 from common.errors import UserError
 from common.instances_json import Floats, Instances, Integers, read_instances
 from common.pixel_rule import PixelRule
 from common.records import ImageEntry
+from common.runtime import log
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Annotations:
     """All images of one split and what is in them.
 
     entries: every image of the json, sorted by image id, those without annotations included; the boxes of an image are
-    in the order of the json. category_ids: the category id of each class index, ascending. class_names: likewise.
+    in the order of the json. category_ids, class_names: of each class index, ascending by id unless the split was put
+    in the order of another (`in_order_of`).
     sha256: of the json file's bytes, in hexadecimal: the identity of the annotations. truth: of all images of the json.
     rule: how its images are decoded.
     """
@@ -122,6 +124,38 @@ def _boxes_to_learn(found: Instances) -> tuple[npt.NDArray[np.intp], npt.NDArray
         np.clip(corners, 0, limits, out=corners)
     kept = np.flatnonzero(~found.crowd & (boxes_xyxy_px[:, 2:] > boxes_xyxy_px[:, :2]).all(axis=1))
     return kept, boxes_xyxy_px[kept]
+
+
+def in_order_of(split: Annotations, other: Annotations) -> Annotations:
+    """A split with its classes in the order of another's, by name; its own ids stay theirs. UserError where they are
+    not the same classes."""
+    ours, theirs = split.categories, other.categories
+    if ours == theirs or (ours.ids == theirs.ids and not (ours.named and theirs.named)):
+        return split
+    found = match_names(ours.names, theirs.names)
+    order = [index for index in found if index is not None]
+    if not (ours.named and theirs.named and len(order) == len(ours.names) == len(theirs.names)):
+        lost = [name for name, index in zip(theirs.names, found, strict=True) if index is None]
+        more = [name for index, name in enumerate(ours.names) if index not in found]
+        differing = f"without {', '.join(lost[:3]) or 'none'}, and with {', '.join(more[:3]) or 'none'} more"
+        raise UserError(
+            f"{split.annotation_file}: expected the categories of {other.annotation_file}, {theirs}, found {ours},"
+            f" {differing}: list the same categories in both, even those without boxes"
+        )
+    moved = next((k for k, index in enumerate(order) if ours.ids[index] != theirs.ids[k]), None)
+    if moved is not None:
+        log.info(
+            f"{split.annotation_file}: classes go by name, their ids are not those of {other.annotation_file}:"
+            f" {theirs.names[moved]!r} is {ours.ids[order[moved]]} here, {theirs.ids[moved]} there"
+        )
+    place = np.argsort(order)
+    return replace(
+        split,
+        category_ids=tuple(ours.ids[index] for index in order),
+        class_names=tuple(ours.names[index] for index in order),
+        entries=tuple(replace(entry, labels=place[entry.labels]) for entry in split.entries),
+        truth=replace(split.truth, labels=place[split.truth.labels]),
+    )
 
 
 def missing_images(annotations: Annotations) -> list[str]:

@@ -25,7 +25,7 @@ class ImageEntry:
     """One image of the annotation index, before any augmentation.
 
     boxes_xyxy_px: (G, 4) float32, clipped to the image, none empty. labels: (G,) int64 class indices 0..K-1.
-    Crowd regions are not among them: DETR trains without them, and the evaluation has a ground truth of its own (`common.coco`).
+    Crowd regions are not among them: DETR trains without them, and the evaluation has them (`common.coco.GroundTruth`).
     """
 
     image_id: int

@@ -23,7 +23,7 @@ from student_train.config import (
     parse,
     parse_train,
 )
-from student_train.evaluate import average_precision, detect_split, saved_policy
+from student_train.evaluate import average_precision, class_table, detect_split, saved_policy
 from student_train.export import export as write_export
 from student_train.interruption import Interrupted
 from student_train.picture import draw_detections
@@ -66,8 +66,8 @@ def evaluate(arguments: list[str]) -> None:
     if config.record is not None:
         parameters = sum(parameter.numel() for parameter in detector.parameters())
         record_evaluation(config.record, f"evaluation of {config.checkpoint.name}", parameters, metrics)
-    for name, ap in metrics.class_ap.items():
-        log.info(f"{100 * ap:5.1f}  {name}")
+    for line in class_table(annotations, metrics):
+        log.info(line)
     print(metrics)
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
@@ -18,7 +19,7 @@ from common.ahead import map_ahead
 from common.augment import AugmentPolicy, draw, evaluation_policy, policy_of_sizes
 from common.coco import Annotations
 from common.detr.detector import DeformableDetr
-from common.evaluate import CocoMetrics, Result, coco_ap, coco_results, detect, ground_truth
+from common.evaluate import CocoMetrics, Result, coco_ap, coco_results, detect, ground_truth, shown_names
 from common.images import collate
 from common.records import Batch
 from common.runtime import Ranks
@@ -86,6 +87,15 @@ def detect_split(
 def average_precision(annotations: Annotations, results: list[Result]) -> CocoMetrics:
     """COCO's twelve numbers of the detections in a split."""
     return coco_ap(ground_truth(annotations), results)
+
+
+def class_table(annotations: Annotations, metrics: CocoMetrics) -> list[str]:
+    """A line for each class: its AP, a dash where there is nothing to find, and its boxes, crowd regions left out."""
+    truth = annotations.truth
+    boxes = np.bincount(truth.labels[~truth.crowd], minlength=annotations.num_classes).tolist()
+    ap = {name: f"{100 * value:5.1f}" for name, value in metrics.class_ap.items()}
+    names = shown_names(annotations)
+    return [f"{ap.get(name, '    -')}  {count:7} boxes  {name}" for name, count in zip(names, boxes, strict=True)]
 
 
 def _of_all_ranks(results: list[Result], ranks: Ranks) -> list[Result]:

@@ -258,7 +258,7 @@ class Run:
         evaluation = {"step": training.step, "epoch": training.epoch, "evaluation": vars(metrics)}
         self.folder.write_metrics(evaluation)
         training.evaluated_step = training.step
-        if metrics.ap > training.best_ap:
+        if metrics.ap > training.best_ap or metrics.ap < 0:  # without boxes none is better: the last
             training.best_ap = metrics.ap
             if self.ranks.is_first:
                 self.save_student(self.folder.best_weights)
@@ -339,7 +339,8 @@ class Run:
         if feed.corrupt:
             named = ", ".join(f"image {image_id} view {view}" for image_id, view in sorted(feed.corrupt))
             lines.append(f"skipped {len(feed.corrupt)} damaged records: {named}")
-        best = f"best AP {100 * self.training.best_ap:.1f}: {self.folder.best_weights}"
+        ap = f"{100 * self.training.best_ap:.1f}" if self.training.best_ap >= 0 else "-"
+        best = f"best AP {ap}: {self.folder.best_weights}"
         return "\n".join([*lines, f"{best}, last: {self.folder.last_weights}"])
 
 

@@ -14,7 +14,7 @@ from common.cache.plan import Integers, level_strides
 from common.cache.reader import CacheReader
 from common.cache.schema import TeacherInfo
 from common.categories import Categories
-from common.coco import Annotations, check_images, load_annotations
+from common.coco import Annotations, check_images, in_order_of, load_annotations
 from common.detr.config import DetectorConfig
 from common.detr.detector import DeformableDetr
 from common.detr.layouts import State
@@ -64,11 +64,7 @@ def prepare_data(options: DataOptions, settled: Callable[[CacheReader], Shards] 
         open_teachers(options.cache, options.teachers, options.local_cache) if options.cache is not None else None
     )
     train, val = (load_annotations(options.data, split) for split in (options.split, options.val_split))
-    if val.category_ids != train.category_ids:
-        raise UserError(
-            f"{val.annotation_file}: expected the categories of {train.annotation_file}, found others:"
-            " use splits of one data set"
-        )
+    val = in_order_of(val, train)
     if teachers is not None:
         reader = teachers.readers[0]
         if options.sizes is not None:
@@ -226,9 +222,7 @@ def named_weights(source: DeformableDetr, report: LoadReport, data: Categories) 
     try:
         outputs = report.outputs_for(data)
     except UserError:
-        log.info(
-            f"{report.source}: it tells other classes apart than the data's, {data}: its class outputs are left out"
-        )
+        log.info(f"{report.source}: its classes are not the data's, {data}: its class outputs are not taken over")
         return {n: w for n, w in weights.items() if not n.startswith(("decoder.class_heads.", "proposer.class_head."))}
     for line in outputs.notes:
         log.info(f"{report.source}: {line}")
