@@ -302,7 +302,21 @@ class Feed:
         batch = collate([(image.image, image.targets) for image in loaded])
         if self._pin:
             batch = replace(batch, images=batch.images.pin_memory())
+        for lesson in lessons:
+            self._check_assignment(lesson, samples, batch.targets)
         return MicroBatch(tuple(sample.entry.image_id for sample in samples), batch, lessons)
+
+    def _check_assignment(self, lesson: Lesson, samples: list[Sample], targets: list[Targets]) -> None:
+        """UserError where a record speaks of a ground-truth box that its sample does not have."""
+        places = range(len(samples)) if lesson.samples is None else lesson.samples.tolist()
+        for place, assignment in zip(places, lesson.cached.assignment, strict=False):  # empty where no loss needs it
+            box, boxes = int(assignment.max()), len(targets[place].labels)
+            if box >= boxes and self._teachers is not None:
+                raise UserError(
+                    f"{self._teachers.readers[lesson.teacher].path}: the record of image"
+                    f" {samples[place].entry.image_id} assigns a query to box {box + 1} of {boxes}: it is not of these"
+                    " annotations; dump the store again"
+                )
 
     def _mended(
         self, part: _Pending, images: list[Replayed | None], damaged: set[int]

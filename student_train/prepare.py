@@ -13,6 +13,7 @@ from common.augment import AugmentPolicy, evaluation_policy, policy_of_sizes
 from common.cache.plan import Integers, level_strides
 from common.cache.reader import CacheReader
 from common.cache.schema import TeacherInfo
+from common.cache.validate import check_crops, damage_explained
 from common.categories import Categories
 from common.coco import Annotations, check_images, in_order_of, load_annotations
 from common.detr.config import DetectorConfig
@@ -94,6 +95,10 @@ def check_store(reader: CacheReader, annotations: Annotations) -> None:
             f"{reader.path} was dumped with other annotations (split {manifest.data.split}) than"
             f" {annotations.annotation_file}: name the data it was dumped from with --data and --split, or dump again"
         )
+    if manifest.data.category_ids != annotations.category_ids:
+        raise UserError(f"{reader.path}: expected the categories of {annotations.annotation_file}, found others")
+    with damage_explained(reader.storage):
+        check_crops(reader.table, {entry.image_id: entry for entry in annotations.entries})
     if manifest.views.pixel_fingerprint != pixel_fingerprint():
         software = ", ".join(f"{name} {version}" for name, version in manifest.software.items())
         raise UserError(

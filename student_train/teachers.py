@@ -67,6 +67,8 @@ class CachedTeachers:
         if others:
             _check_complete(self.names, self.readers)
         self._rows = [_rows_in(first.table, reader.table) for reader in self.readers]
+        for name, reader, rows in zip(self.names, self.readers, self._rows, strict=True):
+            _check_same_views(self.names[0], first.table, name, reader.table, rows)
         readable = np.ones(len(first), dtype=bool)
         for rows, reader in zip(self._rows, self.readers, strict=True):
             readable &= np.isin(rows, reader.rows())
@@ -210,6 +212,18 @@ def _check_same_samples(name: str, reader: CacheReader, other_name: str, other: 
             f"expected teachers of the same samples, found {other_name} against {name} with {'; '.join(different)}:"
             " dump both with the same options, or choose one with --teachers NAME"
         )
+
+
+def _check_same_views(
+    name: str, table: SampleTable, other_name: str, other: SampleTable, rows: npt.NDArray[np.intp]
+) -> None:
+    """rows: of the other table with the samples of this one."""
+    for column in ("image_id", "view", "augmentation"):
+        if not np.array_equal(getattr(other, column)[rows], getattr(table, column)):
+            raise UserError(
+                f"expected teachers of the same samples, found {other_name} with another {column} than {name}: one of"
+                " their sample tables is not what its manifest says; dump it again"
+            )
 
 
 def _check_complete(names: Sequence[str], readers: Sequence[CacheReader]) -> None:

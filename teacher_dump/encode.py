@@ -12,10 +12,11 @@ import torch
 
 from common.cache.codec import ChannelStatistics, Decoding, Stored, encode_logits, encode_tokens, measure_channels
 from common.cache.product import Codebooks, train_codebooks
-from common.cache.reader import read_constants
+from common.cache.reader import read_constants, read_manifest
 from common.cache.sampling import draw_tokens
 from common.cache.schema import Manifest
-from common.cache.storage import Location
+from common.cache.storage import Location, locate
+from common.cache.validate import damage_explained
 from common.cache.writer import Record, blank_record
 from common.errors import UserError
 from common.images import PADDING_MULTIPLE
@@ -221,4 +222,6 @@ def statistics_of(constants: dict[str, Floats]) -> Statistics:
 
 def read_statistics(store: Location) -> Statistics:
     """What the features of a store are encoded with."""
-    return statistics_of({name: value.numpy() for name, value in read_constants(store).items()})
+    with damage_explained(locate(store)):
+        constants = read_constants(store, read_manifest(store))
+    return statistics_of({name: value.numpy() for name, value in constants.items()})

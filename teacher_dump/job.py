@@ -16,6 +16,7 @@ from common.cache.plan import Plan, make_plan
 from common.cache.reader import read_manifest
 from common.cache.schema import DataInfo, Layout, Manifest, ViewInfo, differences
 from common.cache.storage import Location, locate
+from common.cache.validate import check_crops, damage_explained
 from common.cache.writer import read_table
 from common.coco import Annotations, check_images, load_annotations
 from common.errors import UserError
@@ -130,7 +131,10 @@ def job_of_store(store: Location, source: SourceOptions, *, same_software: bool)
             f"expected the teacher, data and software that {store} was written with, found (here against there):"
             f" {'; '.join(different)}"
         )
-    return Job(annotations, _by_id(annotations), teacher, found, Plan(read_table(store), found.layout))
+    with damage_explained(locate(store)):
+        table = read_table(store, found)
+        check_crops(table, _by_id(annotations))
+    return Job(annotations, _by_id(annotations), teacher, found, Plan(table, found.layout))
 
 
 def _policy(data: DataOptions) -> AugmentPolicy:

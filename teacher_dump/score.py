@@ -43,7 +43,8 @@ class Score:
 
 def score_store(store: Location, annotations: Annotations, limit: int = SCORED_SAMPLES) -> Score | None:
     """Evaluate the cached predictions of the first `limit` samples of view 0; None if the store has none yet."""
-    manifest, table = read_manifest(store), read_table(store)
+    manifest = read_manifest(store)
+    table = read_table(store, manifest)
     readable = finished_shards(store, manifest)[np.arange(len(table)) // manifest.layout.shard_samples]
     readable[read_skipped(store)] = False
     rows = np.flatnonzero(readable & (table.view == 0))[:limit]

@@ -14,9 +14,9 @@ from common.cache.codec import decode_tokens, encode_logits, encode_tokens
 from common.cache.plan import Plan, SampleTable, lay_out, store_bytes
 from common.cache.reader import CacheReader
 from common.cache.sampling import draw_tokens
-from common.cache.schema import CodecInfo, Manifest
+from common.cache.schema import SKIPPED, CodecInfo, Manifest
 from common.cache.storage import TEMPORARY, Folder, locate
-from common.cache.writer import SKIPPED, Record, blank_record, read_skipped, shard_key
+from common.cache.writer import Record, blank_record, read_skipped, shard_key
 from common.errors import UserError
 from common.runtime import BAR_INTERVAL_S, Ranks, log
 from teacher_dump.config import PruneConfig, TranscodeConfig, rounding_of

@@ -22,13 +22,21 @@ from common.ahead import map_ahead
 from common.cache.members import member_names, member_path
 from common.cache.plan import SampleTable
 from common.cache.reader import read_constants, read_manifest
-from common.cache.schema import ATTRIBUTE, CHECKSUM_BYTES, MISSING, Field, Layout, Manifest
-from common.cache.storage import TEMPORARY, Folder, Location, Storage, checked, locate
-from common.cache.writer import (
+from common.cache.schema import (
+    ATTRIBUTE,
+    CHECKSUM_BYTES,
     CHECKSUMS,
     CONSTANTS_GROUP,
+    MISSING,
     SKIPPED,
     TABLE_GROUP,
+    Field,
+    Layout,
+    Manifest,
+)
+from common.cache.storage import TEMPORARY, Folder, Location, Storage, checked, locate
+from common.cache.validate import UNREADABLE, metadata_damage
+from common.cache.writer import (
     finished_shards,
     metadata_checksums,
     read_table,
@@ -41,7 +49,6 @@ from teacher_dump.config import VerifyConfig
 from teacher_dump.tables import size
 
 READ_BYTES = 8 * 2**20  # of one shard file at once
-UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # what zarr raises for damaged arrays
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,8 @@ def examine(store: Location, threads: int) -> Findings:
                 damages += damage
                 bar.update(file.expected_bytes(manifest.layout))
             read_bytes = total_bytes
-    missing = tuple(np.flatnonzero(~finished_shards(store, manifest)).tolist())
+    # Without a table nobody knows that there are as many samples as the manifest says.
+    missing = () if table is None else tuple(np.flatnonzero(~finished_shards(store, manifest)).tolist())
     return Findings(manifest, table, tuple(damages), missing, _leftovers(storage), read_bytes)
 
 
@@ -193,22 +201,23 @@ def _examine_metadata(store: Location, manifest: Manifest) -> tuple[list[Damage]
     damages = []
     try:
         root, checksums = json.loads(storage.read("zarr.json")), metadata_checksums(storage, manifest)
+        damages += [Damage(*found) for found in metadata_damage(storage, manifest)]
     except OSError as error:
         return [Damage("zarr.json", f"what it describes cannot be read: {error}")], None
-    recorded = root.get("attributes", {}).get(CHECKSUMS, {})
+    known = {damage.key for damage in damages}
     for name, value in checksums.items():
-        if name != ATTRIBUTE and recorded.get(name) != value:
+        if name not in (ATTRIBUTE, *known) and root["attributes"][CHECKSUMS].get(name) != value:
             damages.append(Damage(name, "it is not what was written"))
     attributes = {ATTRIBUTE: manifest.to_json(), CHECKSUMS: checksums}
     if not damages and root != {"attributes": attributes, "zarr_format": 3, "node_type": "group"}:
         damages.append(Damage("zarr.json", "it is not what was written"))
     table: SampleTable | None = None
     try:
-        table = read_table(store)
+        table = read_table(store, manifest)
     except UNREADABLE as error:
         damages.append(Damage(TABLE_GROUP, f"the sample table cannot be read: {error}"))
     try:
-        read_constants(store)
+        read_constants(store, manifest)
     except UNREADABLE as error:
         damages.append(Damage(CONSTANTS_GROUP, f"the teacher's constants cannot be read: {error}"))
     for shard in map(int, filter(str.isdigit, storage.names(f"{SKIPPED}/c"))):

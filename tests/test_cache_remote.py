@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -36,6 +37,7 @@ from teacher_dump import dump as dump_module
 from teacher_dump import store as store_module
 from teacher_dump.config import DataOptions, DumpConfig, StoreOptions, TeacherOptions
 from teacher_dump.dump import run_dump
+from tests.benchmarks.cache_stores import plain_constants
 from tests.dump_cases import SIDE, TEACHER, command, contents, draw_scenes, dump
 from tests.s3_server import CannotStart, Server, Wire, environment, running_server
 from tests.test_cache import make_record, make_store_inputs, write_all
@@ -127,7 +129,8 @@ def test_wrong_secrets_are_refused_in_one_line(
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     storage._open_bucket.cache_clear()
-    for attempt in (lambda: create_store(url, *inputs, {}), lambda: read_manifest(url), lambda: CacheReader(url)):
+    create = partial(create_store, url, *inputs, plain_constants(inputs[0]))
+    for attempt in (create, lambda: read_manifest(url), lambda: CacheReader(url)):
         with pytest.raises(UserError, match=r"refused the request.*AWS_SECRET_ACCESS_KEY") as caught:
             attempt()
         assert "\n" not in str(caught.value)
@@ -137,7 +140,7 @@ def test_a_missing_store_and_a_second_creator(url: str, inputs: tuple[Manifest, 
     """Nothing at the URL: one line. Two processes create at once: the second learns of it, the first one's stays."""
     with pytest.raises(UserError, match="found nothing"):
         read_manifest(url)
-    create_store(url, *inputs, {})
+    create_store(url, *inputs, plain_constants(inputs[0]))
     with pytest.raises(FileExistsError):
         create_store(url, *make_store_inputs(CodecInfo("fp16", 1.0)), {})
     assert read_manifest(url) == inputs[0]
@@ -146,18 +149,18 @@ def test_a_missing_store_and_a_second_creator(url: str, inputs: tuple[Manifest, 
 def test_creating_replaces_nothing(url: str, inputs: tuple[Manifest, Plan]) -> None:
     """What is there of a store stays, to the byte, when another one is created over it: refused, whether the first is
     whole or was stopped in the middle. The same store is completed."""
-    create_store(url, *inputs, {})
+    create_store(url, *inputs, plain_constants(inputs[0]))
     before = bucket_contents(url)
     other = make_store_inputs(CodecInfo("fp16", 1.0))
     with pytest.raises(FileExistsError):
-        create_store(url, *other, {})
+        create_store(url, *other, plain_constants(other[0]))
     assert bucket_contents(url) == before
-    create_store(url, *inputs, {})
+    create_store(url, *inputs, plain_constants(inputs[0]))
     locate(url).remove("zarr.json")
     locate(url).remove("samples/view/c/0")
     with pytest.raises(UserError, match="another process is creating a store of another configuration"):
-        create_store(url, *other, {})
-    create_store(url, *inputs, {})
+        create_store(url, *other, plain_constants(other[0]))
+    create_store(url, *inputs, plain_constants(inputs[0]))
     assert bucket_contents(url) == before
 
 
@@ -224,7 +227,7 @@ def test_a_short_cut_is_waited_out(
 def test_a_shard_is_there_whole_or_not_at_all(url: str, wire: Wire, inputs: tuple[Manifest, Plan]) -> None:
     """The network breaks in the middle of a put: one line says so, and the shard is not finished."""
     manifest, plan = inputs
-    create_store(url, manifest, plan, {})
+    create_store(url, manifest, plan, plain_constants(manifest))
     writer = ShardWriter(url, manifest, 0)
     writer.add([make_record(manifest, plan, row) for row in range(manifest.layout.shard_samples)])
     wire.cut_after = 2000

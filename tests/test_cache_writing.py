@@ -13,6 +13,7 @@ import pytest
 from common.cache.schema import CodecInfo
 from common.cache.storage import Folder, publish_all
 from common.cache.writer import ShardWriter, create_store, finished_shards
+from tests.benchmarks.cache_stores import plain_constants
 from tests.test_cache import make_record, make_store_inputs
 
 
@@ -22,7 +23,7 @@ def test_a_shard_reaches_the_disk_before_its_places(tmp_path: Path, monkeypatch:
     whole wherever all its names are, and its names are there to stay. One fsync for each file and each folder."""
     manifest, plan = make_store_inputs(CodecInfo("int8", 0.5), images=12, views=2)
     store = tmp_path / "store.zarr"
-    create_store(store, manifest, plan, {})
+    create_store(store, manifest, plan, plain_constants(manifest))
     events: list[tuple[str, str, int]] = []  # what, to which path, of how many bytes
     fsync, rename = os.fsync, Path.rename
 

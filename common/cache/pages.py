@@ -4,6 +4,8 @@ the rest of the batch asked for at once where a read turns out to come from a di
 A page is its rows and their crc32c. One `preadv` scatters several pages: rows to where they belong, sums aside. Doing
 this for all fields of a batch in one compiled call leaves nothing per page or field to Python, whose threads would
 queue for the GIL where records are small.
+
+Nothing here checks an index: a table that `common.cache.validate` let pass says where rows are and how many there are.
 """
 
 from __future__ import annotations
@@ -107,6 +109,17 @@ def count_up(offsets: Any, into: Any) -> None:
         part = into[offsets[i] : offsets[i + 1]]
         for position in range(part.size):
             part[position] = np.int32(position)
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def find_misplaced(offsets: Any, positions: Any, tokens: Any, misplaced: Any) -> None:
+    """misplaced[i] = True where positions[offsets[i] : offsets[i + 1]] do not ascend within 0 .. tokens[i] - 1."""
+    for i in range(len(offsets) - 1):
+        before = -1
+        for s in range(offsets[i], offsets[i + 1]):
+            if positions[s] <= before or positions[s] >= tokens[i]:
+                misplaced[i] = True
+            before = positions[s]
 
 
 def read_pieces(placement: Placement, pieces: Pieces, leave_bytes: int, verify: bool) -> bool:

@@ -81,16 +81,11 @@ def make_plan(
         columns.append((image_id[order], np.full(len(entries), view, dtype=np.int32), drawn[order]))
     ids, view_column, augmentation = (np.concatenate(column) for column in zip(*columns, strict=True))
 
-    heights, widths = augmentation[:, 5], augmentation[:, 6]
-    seen_heights, seen_widths = heights, widths
-    if input_size is not None:  # the teacher resizes every sample, so that all have the same grids
-        seen_heights, seen_widths = (np.full_like(heights, side) for side in input_size)
-    level_shapes = np.stack([np.stack([-(-seen_heights // s), -(-seen_widths // s)], axis=1) for s in strides], axis=1)
     return lay_out(
         ids,
         view_column,
         augmentation,
-        level_shapes.astype(np.int32),
+        grids(augmentation, strides, input_size),
         keep_tokens=keep_tokens,
         token_bytes=token_bytes,
         sample_bytes=sample_bytes,
@@ -118,10 +113,7 @@ def lay_out(
 
     shard_samples = _shard_samples(len(image_id), float(kept.mean()) * token_bytes + sample_bytes, group)
     pages = _to_pages(kept, page)
-    first = np.arange(len(image_id)) // shard_samples * shard_samples  # the first sample of each sample's shard
-    start = np.cumsum(pages) - pages
-    page_in_shard = start - start[first]
-    shard_pages = int((page_in_shard + pages).max())
+    shard_pages = int((_page_in_shard(pages, shard_samples) + pages).max())
     layout = Layout(len(image_id), shard_samples, shard_pages * page, page)
     table = SampleTable(
         image_id=image_id,
@@ -129,9 +121,26 @@ def lay_out(
         augmentation=augmentation,
         level_shapes=level_shapes,
         token_count=kept.astype(np.int32),
-        token_offset=(np.arange(len(image_id)) // shard_samples * shard_pages + page_in_shard) * page,
+        token_offset=token_offsets(kept, layout),
     )
     return Plan(table, layout)
+
+
+def grids(
+    augmentation: npt.NDArray[np.int32], strides: Sequence[int], input_size: tuple[int, int] | None
+) -> npt.NDArray[np.int32]:
+    """level_shapes (N, levels, 2) of samples with these augmentations (N, 7), by a teacher as `TeacherInfo` says."""
+    sizes = augmentation[:, 5:7]
+    if input_size is not None:  # the teacher resizes every sample, so that all have the same grids
+        sizes = np.full_like(sizes, input_size)
+    return np.stack([-(-sizes // stride) for stride in strides], axis=1)
+
+
+def token_offsets(token_count: Integers, layout: Layout) -> npt.NDArray[np.int64]:
+    """Where the tokens of each sample (N,) begin: page after page within a shard, and shards of one length."""
+    page, shard = layout.page_tokens, np.arange(len(token_count)) // layout.shard_samples
+    in_shard = _page_in_shard(_to_pages(token_count, page), layout.shard_samples) * page
+    return shard * layout.shard_tokens + in_shard
 
 
 def level_strides(teacher: TeacherInfo, heights: Integers, widths: Integers) -> npt.NDArray[np.float32]:
@@ -162,6 +171,12 @@ def _order(heights: npt.NDArray[np.int32], widths: npt.NDArray[np.int32], key: i
     # Philox's raw stream and a stable sort: the same order from every version of numpy.
     shuffled = groups[np.argsort(np.random.Philox(key=key).random_raw(len(groups)), kind="stable")]
     return np.concatenate([shuffled.reshape(-1), by_size[whole:]])
+
+
+def _page_in_shard(pages: npt.NDArray[np.int64], shard_samples: int) -> npt.NDArray[np.int64]:
+    """Pages (N,) before each sample's own in its shard."""
+    start = np.cumsum(pages) - pages
+    return start - np.repeat(start[::shard_samples], shard_samples)[: len(start)]
 
 
 def _to_pages(tokens: npt.NDArray[np.generic], page: int) -> npt.NDArray[np.int64]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, cast
 
@@ -30,15 +29,26 @@ from common.cache.pages import (
     Pieces,
     Placement,
     count_up,
+    find_misplaced,
     memory_at,
     place_samples,
     read_pieces,
 )
 from common.cache.plan import SampleTable, level_strides
-from common.cache.schema import ATTRIBUTE, CHECKSUM_BYTES, Field, Manifest
+from common.cache.schema import ATTRIBUTE, CHECKSUM_BYTES, CHECKSUMS, CONSTANTS_GROUP, Field, Manifest
 from common.cache.shards import DamagedShard, LocalCopies, LocalShard, OpenShards, RemoteShard
-from common.cache.storage import Bucket, Location, Storage, locate, read_array
-from common.cache.writer import CONSTANTS_GROUP, finished_shards, read_skipped, read_table, shard_key
+from common.cache.storage import Bucket, Location, locate
+from common.cache.validate import (
+    UNREADABLE,
+    check_constants,
+    check_manifest,
+    check_metadata,
+    constant_shapes,
+    damage_explained,
+    manifest_checksum,
+    read_array,
+)
+from common.cache.writer import finished_shards, read_skipped, read_table, shard_key
 from common.errors import UserError
 from common.records import CachedBatch
 from kernels.threads import Helpers
@@ -85,10 +95,11 @@ class CacheReader:
         self.storage = locate(store)
         self.path = store
         self.manifest = read_manifest(self.storage)
-        with _damage_explained(self.storage):
-            self.table: SampleTable = read_table(self.storage)
-            self.constants = read_constants(self.storage)
-            skipped = read_skipped(self.storage)
+        with damage_explained(self.storage):
+            check_metadata(self.storage, self.manifest)
+            self.table: SampleTable = read_table(self.storage, self.manifest)
+            self.constants = read_constants(self.storage, self.manifest)
+        skipped = read_skipped(self.storage)
         self.finished_shards = finished_shards(self.storage, self.manifest)
         self._readable = np.repeat(self.finished_shards, self.manifest.layout.shard_samples)[: len(self.table)]
         self._readable[skipped] = False
@@ -223,6 +234,8 @@ class CacheReader:
         batch = self._batch(rows, samples[TOKENS], read)
         for finish in under_way:
             damaged |= finish()
+        if verify:
+            damaged = self._senseless(samples, rows, read) | damaged
         np.copyto(batch.assignment.numpy(), read["assignment"].numpy())  # a fifth of what torch takes
         if verify:
             self._verified[np.delete(rows, list(damaged))] = True
@@ -230,6 +243,23 @@ class CacheReader:
         if not damaged:
             return batch, ()
         return batch, tuple(self._corrupt(int(rows[index]), damage) for index, damage in sorted(damaged.items()))
+
+    def _senseless(self, samples: Rows, rows: Rows, read: dict[str, Tensor]) -> dict[int, DamagedShard]:
+        """Records whose numbers would be used as indices and are none: right checksums do not rule that out."""
+        names = {field.name: field for field in self.fields}
+        wrong: dict[str, npt.NDArray[np.bool_]] = {}
+        if "token_positions" in names:
+            tokens = self._level_shapes[rows].prod(axis=2, dtype=np.int64).sum(axis=1)
+            misplaced = np.zeros(len(rows), dtype=bool)
+            find_misplaced(samples[TOKENS], read["token_positions"].numpy(), tokens, misplaced)
+            wrong["token_positions"] = misplaced
+        if "assignment" in names:
+            wrong["assignment"] = read["assignment"].numpy().reshape(len(rows), -1).min(axis=1, initial=-1) < -1
+        return {
+            index: DamagedShard(shard_key(names[name], int(samples[SHARD, index])), "its numbers cannot be indices")
+            for name, found in wrong.items()
+            for index in np.flatnonzero(found).tolist()
+        }
 
     def _read_local(
         self, local: dict[int, LocalShard], placement: Placement, verify: bool
@@ -321,7 +351,7 @@ class CacheReader:
 
 
 def read_manifest(store: Location) -> Manifest:
-    """The manifest of a store. UserError if there is none."""
+    """The manifest of a store. UserError if there is none, or if it is damaged or makes no sense."""
     storage = locate(store)
     try:
         metadata = storage.read("zarr.json")
@@ -330,30 +360,31 @@ def read_manifest(store: Location) -> Manifest:
             f"{storage}: expected a store written by `python -m teacher_dump`, found nothing of that kind"
             " (no zarr.json); name the store with --cache"
         ) from None
+    except OSError as error:
+        raise UserError(f"{storage}/zarr.json cannot be read: {error.strerror or error}") from None
     try:
-        attributes = json.loads(metadata)["attributes"]
-    except (ValueError, KeyError, TypeError) as error:
+        attributes = dict(json.loads(metadata)["attributes"])
+    except UNREADABLE as error:
         raise UserError(f"{storage}/zarr.json is not a Zarr v3 group ({error!r}); dump the store again") from None
     if ATTRIBUTE not in attributes and (names := member_names(storage)):
         raise UserError(
             f"expected a store of one teacher, found {storage}, which has several ({', '.join(names)}): name one of"
             f" them, such as {member_path(storage, names[0])}"
         )
-    return Manifest.from_json(attributes.get(ATTRIBUTE), str(storage))
-
-
-def read_constants(store: Location) -> dict[str, Tensor]:
-    """The teacher's constants. OSError or ValueError if they are missing or damaged."""
-    storage = locate(store)
-    names = sorted(storage.folders(CONSTANTS_GROUP))
-    return {name: torch.from_numpy(read_array(storage, f"{CONSTANTS_GROUP}/{name}").copy()) for name in names}
-
-
-@contextmanager
-def _damage_explained(storage: Storage) -> Iterator[None]:
+    manifest, checksums = Manifest.from_json(attributes.get(ATTRIBUTE), str(storage)), attributes.get(CHECKSUMS)
+    if not isinstance(checksums, dict) or checksums.get(ATTRIBUTE) != manifest_checksum(attributes[ATTRIBUTE]):
+        raise UserError(f"{storage}/zarr.json: the manifest's checksum does not match; dump the store again")
     try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{storage}: the sample table or another array that all samples need is damaged ({error}); dump it again"
-        ) from None
+        check_manifest(manifest)
+    except ValueError as error:
+        raise UserError(f"{storage}/zarr.json: the manifest makes no sense ({error}); dump the store again") from None
+    return manifest
+
+
+def read_constants(store: Location, manifest: Manifest) -> dict[str, Tensor]:
+    """The teacher's constants, on the CPU. OSError or ValueError if one is missing, damaged or makes no sense."""
+    storage = locate(store)
+    shapes = constant_shapes(manifest, storage.folders(CONSTANTS_GROUP)).items()
+    arrays = {name: read_array(storage, f"{CONSTANTS_GROUP}/{name}", shape, "float32") for name, shape in shapes}
+    check_constants(manifest, arrays)
+    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}

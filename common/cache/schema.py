@@ -8,6 +8,7 @@ Sample fields have one row per sample. Token fields have one row per kept token,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,10 @@ from common.pixel_rule import Exif
 
 FORMAT_VERSION = 1
 ATTRIBUTE = "detrcache"  # the group attribute that holds the manifest
+CHECKSUMS = "crc32c"  # group attribute: checksum of the manifest and of every array's zarr.json
+TABLE_GROUP, CONSTANTS_GROUP = "samples", "teacher"
+SKIPPED = "skipped"  # array of a store: 1 for each sample whose image could not be decoded
+QUERY_EMBEDDINGS = "query_embeddings"  # the constant that not every teacher has
 CHECKSUM_BYTES = 4  # crc32c after every page and after the index
 INDEX_ENTRY_BYTES = 16  # offset and length of one page, as uint64
 MISSING = 2**64 - 1  # offset and length of a page that a shard does not hold
@@ -41,7 +46,7 @@ class Field:
 
     @property
     def row_bytes(self) -> int:
-        return int(np.prod(self.row_shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.row_shape) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -218,6 +223,32 @@ class Manifest:
         dtype = {"fp32": "float32", "fp16": "float16", "int8": "int8"}.get(codec.tokens, "uint8")
         values = Field(name, "token", (codec.width(channels),), dtype)
         return [values, Field(scales, "token", (codec.scales(channels),), "float16")] if codec.quantised else [values]
+
+    def columns(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of each column of the sample table."""
+        samples = self.layout.samples
+        return {
+            "image_id": ((samples,), "int64"),
+            "view": ((samples,), "int32"),
+            "augmentation": ((samples, 7), "int32"),
+            "level_shapes": ((samples, len(self.teacher.strides), 2), "int32"),
+            "token_count": ((samples,), "int32"),
+            "token_offset": ((samples,), "int64"),
+        }
+
+    def constants(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each float32 array that the codec needs once. Query embeddings, which not all teachers have, are no
+        part of it."""
+        channels, components = self.teacher.channels, self.codec.components
+        if self.codec.quantised:
+            shapes: dict[str, tuple[int, ...]] = {"channel_scale": (channels,), "channel_shift": (channels,)}
+        elif components:
+            books = (channels // components, 256, components)
+            shapes = {"rotation": (channels, channels), "codebooks": books, "centroids": books}
+            shapes |= {"component_scale": (channels,), "codebook_error": (1,)}
+        else:
+            shapes = {}
+        return shapes | ({f"neck_{name}": shape for name, shape in shapes.items()} if self.codec.neck else {})
 
     def row_bytes(self, per: Literal["sample", "token"]) -> int:
         """Bytes of one row of all sample fields, or of all token fields."""

@@ -7,7 +7,6 @@ place when it is on the disk, a bucket is given it by one put, which object stor
 from __future__ import annotations
 
 import io
-import json
 import mmap
 import os
 import re
@@ -96,7 +95,7 @@ class Folder:
         try:
             with os.scandir(self.root / folder) as entries:
                 return [entry.name for entry in entries]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def folders(self, folder: str) -> list[str]:
@@ -360,17 +359,6 @@ def _open_bucket(url: str) -> Bucket:
             f"{url}: expected a URL such as s3://bucket/store.zarr, found one that {_reason(error)}"
         ) from None
     return Bucket(url, client)
-
-
-def read_array(storage: Storage, name: str) -> npt.NDArray[Any]:
-    """An array of a store that is one chunk with a crc32c, read-only and mapped from the file where there is one.
-
-    OSError if a file is missing, ValueError (or KeyError, TypeError) if it is damaged.
-    """
-    about = json.loads(storage.read(f"{name}/zarr.json"))
-    shape, dtype = tuple(about["shape"]), np.dtype(about["data_type"]).newbyteorder("<")
-    chunk = "/".join(["c", *("0" for _ in shape)])
-    return np.ndarray(shape, dtype, buffer=checked(storage.view(f"{name}/{chunk}")).data)
 
 
 def checked(data: Bytes) -> Bytes:

@@ -8,7 +8,6 @@ In a bucket a shard is assembled in memory (about SHARD_BYTES; twice that while 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,21 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from common.cache.plan import Plan, SampleTable
-from common.cache.schema import ATTRIBUTE, MISSING, Field, Layout, Manifest
+from common.cache.schema import (
+    ATTRIBUTE,
+    CHECKSUMS,
+    CONSTANTS_GROUP,
+    MISSING,
+    SKIPPED,
+    TABLE_GROUP,
+    Field,
+    Layout,
+    Manifest,
+)
 from common.cache.storage import TEMPORARY as TEMPORARY
-from common.cache.storage import Location, NewFile, Storage, checked, locate, publish_all, read_array
+from common.cache.storage import Location, NewFile, Storage, checked, locate, publish_all
+from common.cache.validate import check_constants, check_manifest, check_table, manifest_checksum, read_array
 from common.errors import UserError
-
-TABLE_GROUP, CONSTANTS_GROUP = "samples", "teacher"
-SKIPPED = "skipped"  # array of a store: 1 for each sample whose image could not be decoded
-CHECKSUMS = "crc32c"  # group attribute: checksum of the manifest and of every array's zarr.json
 
 Record = Mapping[str, npt.NDArray[Any]]
 
@@ -37,8 +43,15 @@ def create_store(
 ) -> None:
     """Write everything of a store but its shards; the store appears all at once.
 
-    constants: what the teacher has once and not per sample, such as its query embeddings.
+    constants: what the teacher has once and not per sample, such as its query embeddings. UserError where they or the
+    plan are such that no reader would take them.
     """
+    try:
+        check_manifest(manifest)
+        check_table(manifest, plan.table)
+        check_constants(manifest, constants)
+    except ValueError as error:
+        raise UserError(f"{store} cannot be written, for no reader would take it: {error}") from None
 
     def build(folder: Path) -> None:
         group = zarr.create_group(folder, zarr_format=3, attributes={ATTRIBUTE: manifest.to_json()})
@@ -74,11 +87,10 @@ def metadata_checksums(store: Location, manifest: Manifest) -> dict[str, int]:
     Shards and the sample table carry their own checksums; these cover the rest of a store. -1 for a missing file.
     """
     storage = locate(store)
-    canonical = json.dumps(manifest.to_json(), sort_keys=True, separators=(",", ":")).encode()
     folders = [TABLE_GROUP, CONSTANTS_GROUP, SKIPPED, *(field.name for field in manifest.fields())]
     folders += [f"{group}/{name}" for group in (TABLE_GROUP, CONSTANTS_GROUP) for name in storage.folders(group)]
     keys = sorted(f"{folder}/zarr.json" for folder in folders)
-    return {ATTRIBUTE: google_crc32c.value(canonical)} | {key: _checksum_of(storage, key) for key in keys}
+    return {ATTRIBUTE: manifest_checksum(manifest.to_json())} | {key: _checksum_of(storage, key) for key in keys}
 
 
 def _checksum_of(storage: Storage, key: str) -> int:
@@ -242,12 +254,15 @@ def blank_record(manifest: Manifest, tokens: int) -> Record:
     return record
 
 
-def read_table(store: Location) -> SampleTable:
-    """The sample table, mapped into memory. OSError or ValueError if it is missing or damaged."""
+def read_table(store: Location, manifest: Manifest) -> SampleTable:
+    """The sample table, mapped into memory. OSError or ValueError if it is missing, damaged or makes no sense."""
     storage = locate(store)
-    return SampleTable(
-        **{name: read_array(storage, f"{TABLE_GROUP}/{name}") for name in SampleTable.__dataclass_fields__}
+    columns = manifest.columns().items()
+    table = SampleTable(
+        **{name: read_array(storage, f"{TABLE_GROUP}/{name}", shape, dtype) for name, (shape, dtype) in columns}
     )
+    check_table(manifest, table)
+    return table
 
 
 def read_skipped(store: Location) -> npt.NDArray[np.intp]:

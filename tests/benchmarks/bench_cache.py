@@ -27,7 +27,7 @@ from common.cache.reader import CacheReader
 from common.cache.schema import CodecInfo, Manifest
 from common.cache.writer import create_store, shard_path
 from tests.benchmarks import Case
-from tests.benchmarks.cache_stores import make_inputs, make_record, write_store
+from tests.benchmarks.cache_stores import make_inputs, make_record, plain_constants, write_store
 
 BATCH = 8
 BATCHES = 16  # of a call: the first after a rest is mostly waking up
@@ -333,7 +333,7 @@ def _cold(records: Records) -> Case:
 
 def make_empty_store(store: Path, manifest: Manifest, plan: Plan) -> None:
     """A store whose shard files are all there and hold nothing, which is all that opening one sees of them."""
-    create_store(store, manifest, plan, {})
+    create_store(store, manifest, plan, plain_constants(manifest))
     for field in manifest.fields():
         for shard in range(manifest.layout.shards):
             shard_path(store, field, shard).touch()

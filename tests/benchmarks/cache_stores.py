@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from common.augment import flip_policy
 from common.cache.plan import Plan, lay_out
@@ -25,7 +26,7 @@ def make_inputs(
     draft = Manifest(
         teacher=TeacherInfo("synthetic", "", False, layers=layers, queries=queries, channels=256, strides=STRIDES),
         data=DataInfo("train2017", "", samples, tuple(range(91)), tuple(map(str, range(91)))),
-        views=ViewInfo(0, 1, flip_policy(mean_side_px), ""),
+        views=ViewInfo(0, 1, flip_policy(int(mean_side_px * 1.15)), ""),
         codec=codec,
         layout=Layout(0, 1, 1, 1),
         batch_size=8,
@@ -46,8 +47,19 @@ def make_inputs(
     return replace(draft, layout=plan.layout), plan
 
 
+def plain_constants(manifest: Manifest) -> dict[str, npt.NDArray[np.float32]]:
+    """Constants with which a codec can decode: nothing is rotated or scaled, every code stands for zeros."""
+    constants = {name: np.zeros(shape, np.float32) for name, shape in manifest.constants().items()}
+    for name, value in constants.items():
+        if name.endswith("_scale"):
+            value.fill(1)
+        if name.endswith("rotation"):
+            np.fill_diagonal(value, 1)
+    return constants
+
+
 def make_record(manifest: Manifest, plan: Plan, row: int) -> Record:
-    """Random bytes in every field, decided by the row."""
+    """Random bytes in every field but those that are indices, decided by the row."""
     generator, count = np.random.default_rng(row), int(plan.table.token_count[row])
 
     def field_rows(field: Any) -> Any:
@@ -55,11 +67,16 @@ def make_record(manifest: Manifest, plan: Plan, row: int) -> Record:
         size = int(np.prod(shape)) * np.dtype(field.dtype).itemsize
         return np.frombuffer(generator.bytes(size), dtype=field.dtype).reshape(shape)
 
-    return {field.name: field_rows(field) for field in manifest.fields()}
+    record = {field.name: field_rows(field) for field in manifest.fields()}
+    record["assignment"] = np.full_like(record["assignment"], -1)
+    if "token_positions" in record:
+        tokens = int(plan.table.level_shapes[row].prod(axis=1).sum())
+        record["token_positions"] = np.sort(generator.permutation(tokens)[:count]).astype(np.int32)
+    return record
 
 
 def write_store(store: Path, manifest: Manifest, plan: Plan) -> None:
-    create_store(store, manifest, plan, {})
+    create_store(store, manifest, plan, plain_constants(manifest))
     for shard in range(manifest.layout.shards):
         writer = ShardWriter(store, manifest, shard)
         first = shard * manifest.layout.shard_samples
