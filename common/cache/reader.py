@@ -102,7 +102,9 @@ class CacheReader:
         skipped = read_skipped(self.storage)
         self.finished_shards = finished_shards(self.storage, self.manifest)
         self._readable = np.repeat(self.finished_shards, self.manifest.layout.shard_samples)[: len(self.table)]
-        self._readable[skipped] = False
+        self.blank = np.zeros(len(self.table), dtype=bool)  # the records without an image
+        self.blank[skipped] = True
+        self._readable &= ~self.blank
         self._verify = verify
         self.choose_fields({field.name for field in self.manifest.fields()})
         teacher = self.manifest.teacher
@@ -252,7 +254,7 @@ class CacheReader:
             tokens = self._level_shapes[rows].prod(axis=2, dtype=np.int64).sum(axis=1)
             misplaced = np.zeros(len(rows), dtype=bool)
             find_misplaced(samples[TOKENS], read["token_positions"].numpy(), tokens, misplaced)
-            wrong["token_positions"] = misplaced
+            wrong["token_positions"] = misplaced & ~self.blank[rows]
         if "assignment" in names:
             wrong["assignment"] = read["assignment"].numpy().reshape(len(rows), -1).min(axis=1, initial=-1) < -1
         return {

@@ -155,6 +155,28 @@ def check_constants(manifest: Manifest, constants: Mapping[str, Array]) -> None:
             _check(bool((np.abs(turned) < 1e-3).all()), f"{name}: expected an orthogonal matrix")
 
 
+def check_record(field: Field, rows: Array, tokens: int) -> None:
+    """What a sample holds of one field can be what a teacher said; not for the zeros of a sample without an image.
+
+    rows: the sample's, (S, ...) of a token field and row_shape of a sample field. tokens: T, all of its grids.
+    """
+    name = field.name
+    if rows.dtype.kind == "f":
+        _check(bool(np.isfinite(rows).all()), f"{name}: expected finite numbers")
+    if name.endswith(("quality", "weights", "scales")):
+        _check(bool((rows >= 0).all()), f"{name}: expected numbers of 0 and above")
+    if name == "token_positions":
+        ascending = bool((rows[1:] > rows[:-1]).all()) and rows[0] >= 0 and rows[-1] < tokens
+        _check(ascending, f"{name}: expected ascending positions of 0 to {tokens - 1}")
+    if name == "assignment":  # every box is some query's, unless there are more boxes than queries
+        _check(bool((rows >= -1).all()), f"{name}: expected boxes, or -1")
+        for layer in rows:
+            boxes = np.sort(layer[layer >= 0])
+            once = bool((boxes[1:] > boxes[:-1]).all())
+            all_of_them = len(boxes) == rows.shape[1] or not len(boxes) or boxes[-1] == len(boxes) - 1
+            _check(once and all_of_them, f"{name}: expected each box of the sample once in a layer")
+
+
 def constant_shapes(manifest: Manifest, there: Sequence[str] | Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of the constants that a store of this manifest has; `there` says whether the query embeddings are."""
     teacher = manifest.teacher
