@@ -5,9 +5,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+MOST_CHARACTERS = 2000
+
 
 class UserError(Exception):
-    """Bad input. The message is one line: what was expected, what was found, what to do."""
+    """Bad input. The message is one line: what was expected, what was found, what to do.
+
+    What is quoted from a file may hold anything: control characters are escaped, and long quotations shortened.
+    """
+
+    def __str__(self) -> str:
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
+        return (
+            text
+            if len(text) <= MOST_CHARACTERS
+            else f"{text[: MOST_CHARACTERS // 2]} ... {text[-MOST_CHARACTERS // 2 :]}"
+        )
 
 
 def run_command(command: Callable[[], None]) -> None:

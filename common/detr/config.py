@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,12 @@ class DetectorConfig:
             raise UserError(f"expected a width that 4 and heads={self.heads} divide; found width={self.width}")
         if self.two_stage and not self.refine:
             raise UserError("expected refine=True where two_stage=True: proposals are boxes, which layers then refine")
-        if len(self.tiny_channels) != 5:
+        if self.encoder_layers < 0 or not 0 <= self.dropout < 1:
+            raise UserError(
+                f"expected encoder_layers of at least 0 and a dropout in 0..1; found {self.encoder_layers} and"
+                f" {self.dropout}"
+            )
+        if len(self.tiny_channels) != 5 or min(self.tiny_channels) < 1:
             raise UserError(f"expected 5 tiny_channels, of the stem and of four stages; found {self.tiny_channels}")
 
     @property
@@ -65,8 +71,16 @@ class DetectorConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DetectorConfig:
-        """The inverse of `dataclasses.asdict`. Unknown names raise UserError: they come from another version."""
+        """The inverse of `dataclasses.asdict`. UserError for values of another type, and for unknown names: they come
+        from another version."""
+        from pydantic import TypeAdapter, ValidationError
+
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise UserError(f"expected a detector configuration of this version; found unknown {', '.join(unknown)}")
-        return cls(**values)
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise UserError(f"expected a detector configuration; found {place} = {first['input']!r}") from None

@@ -70,16 +70,20 @@ def load_detector(
     checkpoint = read_checkpoint(Path(path))
     layout, prefix = _layout_of(checkpoint)
     inside = {k.removeprefix(prefix): v for k, v in checkpoint.state.items() if k.startswith(prefix)}
-    state, unused = from_layout(inside, layout)
+    try:
+        state, unused = from_layout(inside, layout)
+    except (RuntimeError, TypeError) as error:  # parts of other shapes, which are put together or counted
+        raise UserError(f"{path}: expected a Deformable DETR in the {layout.name} layout, found {error}") from None
     unused += [name for name in checkpoint.state if not name.startswith(prefix)]
     notes = [f"the weights under {prefix!r} are taken"] if prefix else []
 
     if layout is OWN:
-        config = _own_config(checkpoint)
+        config = _own_config(state, checkpoint)
     else:
         state = _untie(state)
         config = _infer_config(state, checkpoint)
         state = gather_heads(state, config)
+    _check_shapes(config, state, layout, str(path))
     known = _categories(checkpoint, config.num_classes)
     if data is not None:
         outputs = _match(str(path), known, config.num_classes, data)
@@ -94,7 +98,9 @@ def load_detector(
         )
 
     model = DeformableDetr(config).eval()
-    unused += _fill(model, state, layout, str(path))
+    own = model.state_dict()
+    model.load_state_dict({name: state[name].float() for name in own if name in state}, strict=False)
+    unused += [name for name in state if name not in own]
     leftover = tuple(name for name in unused if not _counts(name))
     return model, LoadReport(str(path), layout.name, config, leftover, tuple(notes), known)
 
@@ -168,16 +174,57 @@ def _match(source: str, known: Categories | None, outputs: int, data: Categories
 
 
 def _categories(checkpoint: Checkpoint, num_classes: int) -> Categories | None:
-    known = categories.from_metadata(checkpoint.metadata)
-    if known is None and checkpoint.config is not None and "model_type" in checkpoint.config:
-        known = categories.from_transformers(checkpoint.config)
+    try:
+        known = categories.from_metadata(checkpoint.metadata)
+        if known is None and checkpoint.config is not None and "model_type" in checkpoint.config:
+            known = categories.from_transformers(checkpoint.config)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{checkpoint.path}: expected ids and names of its classes, found others ({type(error).__name__}: {error})"
+        ) from None
     return known if known is not None and len(known.ids) == num_classes else None
 
 
-def _own_config(checkpoint: Checkpoint) -> DetectorConfig:
+def _own_config(state: State, checkpoint: Checkpoint) -> DetectorConfig:
+    """The configuration in the file, where it is that of the tensors beside it."""
     if checkpoint.config is None:
         raise UserError(f"{checkpoint.path}: expected the detector's configuration in the file, found weights alone")
-    return DetectorConfig.from_dict(checkpoint.config)
+    try:
+        config = DetectorConfig.from_dict(checkpoint.config)
+    except UserError as error:
+        raise UserError(f"{checkpoint.path}: {error}") from None
+    sizes = _sizes(state, checkpoint)
+    if config.backbone == "tiny":
+        sizes["tiny_blocks"] = _count(state, "backbone.body.layer1.")
+    for name, shown in sizes.items():
+        if getattr(config, name) != shown:
+            raise UserError(
+                f"{checkpoint.path}: expected tensors as the file's configuration says, {name}={getattr(config, name)};"
+                f" found {name}={shown}: take another copy"
+            )
+    return config
+
+
+def _sizes(state: State, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the shapes of a detector's weights say of its configuration."""
+    two_stage = "proposer.memory_projection.weight" in state
+    try:
+        levels, width = state["level_embedding"].shape
+        len(state["encoder.layers.0.attention.sampling_offsets.weight"])  # which a detector's points follow from
+        sizes = {
+            "levels": levels,
+            "width": width,
+            "num_classes": len(state["decoder.class_heads.0.bias"]),
+            "encoder_layers": _count(state, "encoder.layers."),
+            "decoder_layers": _count(state, "decoder.layers."),
+            "feedforward": len(state["encoder.layers.0.feedforward.linear1.bias"]),
+            "two_stage": two_stage,
+        }
+        return sizes | ({} if two_stage else {"queries": len(state["query_embedding.weight"])})
+    except KeyError as error:
+        raise UserError(f"{checkpoint.path}: expected a Deformable DETR, found none of its {error}") from None
+    except (TypeError, ValueError):
+        raise UserError(f"{checkpoint.path}: expected a Deformable DETR, found tensors of other dimensions") from None
 
 
 def _untie(state: State) -> State:
@@ -194,33 +241,19 @@ def _untie(state: State) -> State:
 def _infer_config(state: State, checkpoint: Checkpoint) -> DetectorConfig:
     """The configuration that a foreign checkpoint's shapes imply; what they cannot tell is transformers' config.json's
     to say, or else what all published checkpoints have: 8 heads, 300 proposals, single-scale features from C5."""
-    known = _transformers_config(checkpoint)
-    layers = _count(state, "decoder.layers.")
-    two_stage = "proposer.memory_projection.weight" in state
-    try:
-        levels, width = state["level_embedding"].shape
-        offsets = len(state["encoder.layers.0.attention.sampling_offsets.bias"])
-        num_classes = len(state["decoder.class_heads.0.bias"])
-        feedforward = len(state["encoder.layers.0.feedforward.linear1.bias"])
-        queries = known.get("queries", 300) if two_stage else len(state["query_embedding.weight"])
-    except KeyError as error:
-        raise UserError(f"{checkpoint.path}: expected a Deformable DETR, found none of its {error}") from None
+    known, sizes = _transformers_config(checkpoint), _sizes(state, checkpoint)
     heads = known.get("heads", 8)
-    return DetectorConfig(
-        backbone=_backbone_of(state, checkpoint),
-        num_classes=num_classes,
-        width=width,
-        encoder_layers=_count(state, "encoder.layers."),
-        decoder_layers=layers,
-        heads=heads,
-        queries=queries,
-        levels=levels,
-        points=max(1, offsets // (heads * levels * 2)),
-        feedforward=feedforward,
-        dropout=known.get("dropout", 0.1),
-        refine=known.get("refine", two_stage or not _heads_are_shared(state, layers)),
-        two_stage=two_stage,
-    )
+    offsets = len(state["encoder.layers.0.attention.sampling_offsets.weight"])
+    inferred = {
+        "backbone": _backbone_of(state, checkpoint),
+        "heads": heads,
+        "points": max(1, offsets // max(1, heads * sizes["levels"] * 2)),
+        "refine": sizes["two_stage"] or not _heads_are_shared(state, sizes["decoder_layers"]),
+    }
+    try:
+        return DetectorConfig.from_dict(inferred | known | sizes)
+    except UserError as error:
+        raise UserError(f"{checkpoint.path}: {error}") from None
 
 
 def _transformers_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -242,7 +275,10 @@ def _transformers_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "dropout": "dropout",
         "refine": "with_box_refine",
     }
-    return {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
+    known = {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
+    if not isinstance(known.get("heads", 8), int):
+        raise UserError(f"{checkpoint.path}: expected a number of attention heads, found {known['heads']!r}")
+    return known
 
 
 def _heads_are_shared(state: State, layers: int) -> bool:
@@ -259,8 +295,9 @@ def _backbone_of(state: State, checkpoint: Checkpoint) -> str:
     """The backbone that has exactly these names and shapes: one of ours, or of timm's that a config.json names."""
     given = {k.removeprefix("backbone.body."): v.shape for k, v in state.items() if k.startswith("backbone.body.")}
     given = {name: shape for name, shape in given.items() if not _counts(name)}
-    named = ((checkpoint.config or {}).get("backbone_config") or {}).get("backbone")
-    for backbone in (*NAMES, *([f"{PREFIX}{named}"] if named else [])):
+    described = (checkpoint.config or {}).get("backbone_config")
+    named = described.get("backbone") if isinstance(described, Mapping) else None
+    for backbone in (*NAMES, *([f"{PREFIX}{named}"] if isinstance(named, str) else [])):
         with torch.device("meta"):
             body = build_backbone(backbone).body.state_dict()
         if given == {name: tensor.shape for name, tensor in body.items() if not _counts(name)}:
@@ -284,26 +321,30 @@ def select_classes(state: State, outputs: int, columns: Sequence[int]) -> State:
     return selected
 
 
-def _fill(model: DeformableDetr, state: State, layout: Layout, path: str) -> list[str]:
-    """Load `state`; returns the names the model does not have. UserError, in the file's names, if some do not fit."""
-    own = model.state_dict()
+def _check_shapes(config: DetectorConfig, state: State, layout: Layout, path: str) -> None:
+    """UserError, in the file's names, if some weights of such a detector are missing or misshapen. Allocates nothing:
+    a configuration may ask for any size."""
+    try:
+        with torch.device("meta"):
+            own = DeformableDetr(config).state_dict()
+    except (RuntimeError, TypeError, OverflowError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: expected a detector's configuration, found sizes beyond any ({reason})") from None
     missing = {name: tensor for name, tensor in own.items() if name not in state and not _counts(name)}
     wrong = {name: tensor for name, tensor in own.items() if name in state and state[name].shape != tensor.shape}
     for problem, tensors in (("missing", missing), ("of another shape", wrong)):
         if tensors:
-            theirs = list(to_layout(tensors, model.config, layout))
+            theirs = list(to_layout(tensors, config, layout))
             raise UserError(
                 f"{path}: expected a Deformable DETR in the {layout.name} layout, found {len(theirs)} tensors "
                 f"{problem}: {_some(theirs)}; use a checkpoint of this architecture"
             )
-    model.load_state_dict({name: state[name].float() for name in own if name in state}, strict=False)
-    return [name for name in state if name not in own]
 
 
 def _count(state: State, beginning: str) -> int:
-    """How many indices follow `beginning`: one more than the largest."""
-    found = [re.match(re.escape(beginning) + r"(\d+)\.", name) for name in state]
-    return max((int(match.group(1)) + 1 for match in found if match), default=0)
+    """How many different indices follow `beginning`: as many as the largest plus one, where none is missing."""
+    found = (re.match(re.escape(beginning) + r"(\d+)\.", name) for name in state)
+    return len({match.group(1) for match in found if match})
 
 
 def _counts(name: str) -> bool:
@@ -312,5 +353,5 @@ def _counts(name: str) -> bool:
 
 
 def _some(names: Sequence[str], limit: int = 3) -> str:
-    shown = ", ".join(names[:limit])
+    shown = ", ".join(name if len(name) <= 200 else f"{name[:200]}..." for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
