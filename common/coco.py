@@ -80,19 +80,19 @@ class Annotations:
         return replace(self, entries=tuple(entry for entry in self.entries if len(entry.labels)))
 
 
-def load_annotations(data: Path, split: str) -> Annotations:
-    """Read data/annotations/instances_<split>.json.
+def load_annotations(data: Path, split: str, image_folder: Path | None = None) -> Annotations:
+    """Read data/annotations/instances_<split>.json, of images in `image_folder`, by default data/<split>.
 
     Of the boxes to learn from, crowd regions are left out; they are clipped to their image, and those left empty are
     dropped. The ground truth has all of them, as they stand in the json.
 
     Raises UserError where the layout, the json, or a reference within it is broken.
     """
-    annotation_file, image_folder = data / "annotations" / f"instances_{split}.json", data / split
+    annotation_file, image_folder = data / "annotations" / f"instances_{split}.json", image_folder or data / split
     for path, there in ((annotation_file, annotation_file.is_file()), (image_folder, image_folder.is_dir())):
         if not there:
             raise UserError(
-                f"expected {data}/{split}/*.jpg and {data}/annotations/instances_{split}.json, but {path} does not "
+                f"expected {image_folder}/*.jpg and {data}/annotations/instances_{split}.json, but {path} does not "
                 "exist: name the data set with --data and the split with --split (`make demo` needs no data)"
             )
     try:

@@ -225,7 +225,7 @@ def _name_inside(name: object, root: str) -> str:
         if not path.startswith(root):
             raise UserError(
                 f"expected every 'file_name' to stay inside the folder of images, {root}, found {shown}:"
-                " move the images into it, and name them as they are called there"
+                " name the folder that holds the images with --image-folder"
             )
         name = path.removeprefix(root)
     if max(len(os.fsencode(part)) for part in name.split("/")) > LONGEST_NAME_BYTES:

@@ -49,7 +49,7 @@ def evaluate(arguments: list[str]) -> None:
     if config.record is not None:
         check_free_of_runs(config.record)
     device = choose_device(config.device)
-    annotations = load_annotations(config.data, config.split).decoded_by(PixelRule(config.exif))
+    annotations = load_annotations(config.data, config.split, config.image_folder).decoded_by(PixelRule(config.exif))
     check_images(annotations)
     detector, report = load_detector(config.checkpoint, data=annotations.categories)
     for line in report.lines():
@@ -101,7 +101,7 @@ def picture(arguments: list[str]) -> None:
     config = parse(PictureConfig, arguments, "python -m student_train picture")
     start_logging()
     device = choose_device(config.device)
-    annotations = load_annotations(config.data, config.split).decoded_by(PixelRule(config.exif))
+    annotations = load_annotations(config.data, config.split, config.image_folder).decoded_by(PixelRule(config.exif))
     shown = replace(annotations, entries=annotations.entries[: config.images])
     check_images(shown)
     results = {}

@@ -41,6 +41,8 @@ class DataOptions:
     """Folder in COCO's layout: annotations/instances_SPLIT.json and SPLIT/*.jpg."""
     split: str = "train2017"
     """Split to train on; with a cache, the one that was cached."""
+    image_folder: OptionalPath = None
+    """Folder of both splits' images, which no file name leaves. (default: DATA/SPLIT)"""
     subset: OptionalSubset = None
     """Train on so many of its images, or that fraction of them: the same ones in every run. (default: all, with a cache
     those of its finished shards)"""
@@ -279,6 +281,8 @@ class EvaluateConfig:
     """Folder in COCO's layout: annotations/instances_SPLIT.json and SPLIT/*.jpg."""
     split: str = "val2017"
     """Split to evaluate on."""
+    image_folder: OptionalPath = None
+    """Folder of the images, which no file name leaves. (default: DATA/SPLIT)"""
     sizes: OptionalInts = None
     """The short sides that training drew from: images are evaluated at the largest. (default: as its file says)"""
     exif: Exif = "auto"
@@ -332,6 +336,8 @@ class PictureConfig:
     """Folder in COCO's layout: annotations/instances_SPLIT.json and SPLIT/*.jpg."""
     split: str = "val2017"
     """Split to take the images from."""
+    image_folder: OptionalPath = None
+    """Folder of the images, which no file name leaves. (default: DATA/SPLIT)"""
     sizes: OptionalInts = None
     """The short sides that training drew from: images are shown at the largest. (default: as their files say)"""
     exif: Exif = "auto"

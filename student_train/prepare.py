@@ -64,7 +64,9 @@ def prepare_data(options: DataOptions, settled: Callable[[CacheReader], Shards] 
     teachers = (
         open_teachers(options.cache, options.teachers, options.local_cache) if options.cache is not None else None
     )
-    train, val = (load_annotations(options.data, split) for split in (options.split, options.val_split))
+    train, val = (
+        load_annotations(options.data, split, options.image_folder) for split in (options.split, options.val_split)
+    )
     val = in_order_of(val, train)
     if teachers is not None:
         reader = teachers.readers[0]

@@ -39,6 +39,8 @@ class DataOptions:
     """Folder with annotations/instances_SPLIT.json and the splits' images, in COCO's layout."""
     split: str = "train2017"
     """Split to dump."""
+    image_folder: OptionalPath = None
+    """Folder of the images, which no file name leaves. (default: DATA/SPLIT)"""
     subset: OptionalSubset = None
     """Only so many of its images, or that fraction of them: the same ones in every store. (default: all)"""
     views: int = 1
@@ -164,6 +166,8 @@ class SourceOptions:
     """The teacher that wrote the store, as it was named then."""
     data: Path = Path("data/coco")
     """Folder of the data that was dumped."""
+    image_folder: OptionalPath = None
+    """Folder of the images, which no file name leaves. (default: DATA/SPLIT)"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     workers: int = 4
@@ -208,6 +212,8 @@ class InspectConfig:
     """Which of its views."""
     data: Path = Path("data/coco")
     """Folder of the data that was dumped, for the image's pixels."""
+    image_folder: OptionalPath = None
+    """Folder of the images, which no file name leaves. (default: DATA/SPLIT)"""
     out: OptionalPath = None
     """Where to write the drawing. (default: image-ID-view-VIEW.png)"""
 

@@ -25,7 +25,7 @@ PREDICTIONS = 10  # drawn at most, the surest first
 LEAST_SCORE = 0.3  # of the predictions drawn; where none reaches it, the three surest are
 
 
-def draw_sample(reader: CacheReader, data: Path, image_id: int, view: int, out: Path) -> str:
+def draw_sample(reader: CacheReader, data: Path, image_folder: Path | None, image_id: int, view: int, out: Path) -> str:
     """Draw one sample to a PNG file; says what is to be seen. UserError if the store does not have it."""
     found = np.flatnonzero((reader.table.image_id == image_id) & (reader.table.view == view))
     if not len(found):
@@ -37,7 +37,7 @@ def draw_sample(reader: CacheReader, data: Path, image_id: int, view: int, out: 
             f"the record of image {image_id}, view {view} is not there: its shard is missing or it was skipped"
         )
     rule = rule_of_store(reader.path, reader.manifest.views.exif, None)
-    annotations = load_annotations(data, reader.manifest.data.split).decoded_by(rule)
+    annotations = load_annotations(data, reader.manifest.data.split, image_folder).decoded_by(rule)
     entry = next((entry for entry in annotations.entries if entry.image_id == image_id), None)
     if entry is None:
         raise UserError(

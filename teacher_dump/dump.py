@@ -55,7 +55,8 @@ def run_dump(config: DumpConfig) -> Summary:
     """Write, or complete, the store that `config` asks for; of several teachers one after the other."""
     ranks = read_ranks()
     device = choose_device(config.teacher.device, ranks)
-    annotations = take_subset(load_annotations(config.data.data, config.data.split), config.data.subset)
+    data = config.data
+    annotations = take_subset(load_annotations(data.data, data.split, data.image_folder), data.subset)
     check_images(annotations)
     dumps = one_by_one(config)
     if dumps != [config] and ranks.is_first:

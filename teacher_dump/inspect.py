@@ -31,7 +31,7 @@ def run_inspect(config: InspectConfig) -> str:
         if config.image_id is None:
             return "\n".join(describe(reader))
         out = config.out or Path(f"image-{config.image_id}-view-{config.view}.png")
-        return draw_sample(reader, config.data, config.image_id, config.view, out)
+        return draw_sample(reader, config.data, config.image_folder, config.image_id, config.view, out)
     finally:
         reader.close()
 

@@ -111,7 +111,7 @@ def job_of_store(store: Location, source: SourceOptions, *, same_software: bool)
     `same_software`, where versions differ of what decides the bytes.
     """
     found = read_manifest(store)
-    annotations = load_annotations(source.data, found.data.split)
+    annotations = load_annotations(source.data, found.data.split, source.image_folder)
     if found.data.images < len(annotations.entries):
         annotations = take_subset(annotations, found.data.images)
     annotations = annotations.decoded_by(rule_of_store(store, found.views.exif, None))

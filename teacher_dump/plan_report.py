@@ -40,7 +40,8 @@ def run_plan(config: PlanConfig) -> str:
     """The report, for people. Decodes no image and asks the teacher for its shapes only, unless told to measure."""
     if config.measure < 0 or config.student_epochs < 1:
         raise UserError("expected --measure of 0 or more and --student-epochs of 1 or more")
-    annotations = take_subset(load_annotations(config.data.data, config.data.split), config.data.subset)
+    data = config.data
+    annotations = take_subset(load_annotations(data.data, data.split, data.image_folder), data.subset)
     dumps = one_by_one(DumpConfig(config.data, config.teacher, config.store))
     plans = [_plan_teacher(replace(config, teacher=one.teacher, store=one.store), annotations) for one in dumps]
     total_bytes, free = sum(needed for needed, _ in plans), locate(config.store.out).free_bytes()

@@ -255,3 +255,22 @@ def test_file_names_are_relative_to_the_folder_however_they_are_written(tmp_path
     entries = load(tmp_path, content).entries
     found = [entry.file_name for entry in entries[: len(names)]]
     assert found == ["a.jpg", "b/c.jpg", "d.jpg", "e.jpg", "f\u202fg é.jpg", "..h.jpg"]
+
+
+def test_images_elsewhere_need_the_flag(tmp_path: Path) -> None:
+    """Absolute names and names that leave DATA/SPLIT are accepted inside the folder that --image-folder names, and only
+    there; the paths are those of the files."""
+    pictures = tmp_path / "pictures"
+    (pictures / "a").mkdir(parents=True)
+    content = drawn()
+    names = [str(pictures / "a" / "1.jpg"), "../pictures/2.jpg", "a/3.jpg"]
+    for image, name in zip(content["images"], names, strict=False):
+        image["file_name"] = name
+    with pytest.raises(UserError, match=r"stay inside the folder of images, .*/val/, .* with --image-folder"):
+        load(tmp_path, content)
+    annotations = load_annotations(tmp_path, "val", pictures)
+    paths = [annotations.image_path(entry) for entry in annotations.entries[:3]]
+    assert paths == [pictures / "a" / "1.jpg", pictures / "2.jpg", pictures / "a" / "3.jpg"]
+    content["images"][0]["file_name"] = str(tmp_path / "other" / "1.jpg")
+    with pytest.raises(UserError, match="stay inside the folder of images"):
+        load(tmp_path, content)
