@@ -15,7 +15,6 @@ from common.cache.members import member_names, member_path
 from common.cache.plan import field_bytes, store_bytes
 from common.cache.reader import CacheReader
 from common.cache.schema import Manifest
-from common.cache.writer import read_skipped
 from teacher_dump.config import InspectConfig
 from teacher_dump.drawing import draw_sample
 from teacher_dump.tables import facts, size, table
@@ -42,7 +41,7 @@ def describe(reader: CacheReader) -> list[str]:
     teacher, data, views, layout = manifest.teacher, manifest.data, manifest.views, manifest.layout
     total_bytes, count = store_bytes(manifest, samples), len(samples)
     tokens = samples.level_shapes.prod(axis=2, dtype=np.int64).sum(axis=1)
-    finished, skipped = int(reader.finished_shards.sum()), len(read_skipped(reader.path))
+    finished, skipped = int(reader.finished_shards.sum()), int(reader.blank.sum())
     state = "complete" if reader.complete else "UNFINISHED: dump again to complete it; training uses what is there"
     rows = [("field", "dtype", "of", "a row", "a sample", "in all", "share")]
     for field in manifest.fields():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from common.cache.schema import SKIPPED
 from common.cache.storage import locate
 from common.cache.writer import shard_key
 from common.errors import UserError
@@ -26,6 +27,7 @@ def run_repair(config: RepairConfig) -> None:
     job = job_of_store(config.store, config.source, same_software=True)
     with locked_store(config.store):
         for shard in findings.bad_shards:
+            locate(config.store).remove(f"{SKIPPED}/c/{shard}")
             for field in job.manifest.fields():
                 locate(config.store).remove(shard_key(field, shard))
     summary = write_missing(job, config.store, config.source.workers, config.skip_broken, read_ranks())

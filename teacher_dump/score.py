@@ -46,7 +46,7 @@ def score_store(store: Location, annotations: Annotations, limit: int = SCORED_S
     manifest = read_manifest(store)
     table = read_table(store, manifest)
     readable = finished_shards(store, manifest)[np.arange(len(table)) // manifest.layout.shard_samples]
-    readable[read_skipped(store)] = False
+    readable[read_skipped(store, manifest.layout)] = False
     rows = np.flatnonzero(readable & (table.view == 0))[:limit]
     if not len(rows):
         return None

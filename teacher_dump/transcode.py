@@ -16,7 +16,7 @@ from common.cache.reader import CacheReader
 from common.cache.sampling import draw_tokens
 from common.cache.schema import SKIPPED, CodecInfo, Manifest
 from common.cache.storage import TEMPORARY, Folder, locate
-from common.cache.writer import Record, blank_record, read_skipped, shard_key
+from common.cache.writer import Record, blank_record, shard_key
 from common.errors import UserError
 from common.runtime import BAR_INTERVAL_S, Ranks, log
 from teacher_dump.config import PruneConfig, TranscodeConfig, rounding_of
@@ -65,7 +65,7 @@ def run_transcode(config: TranscodeConfig) -> None:
         f"{config.out}: {len(plan.table)} samples, {size(after_bytes)} in {manifest.layout.shards} shards,"
         f" {after_bytes / before_bytes:.1%} of {config.store}"
     )
-    statistics, blank = read_statistics(config.store), set(read_skipped(config.store).tolist())
+    statistics, blank = read_statistics(config.store), set(np.flatnonzero(source.blank).tolist())
     with writable_store(config.out, manifest, plan, lambda: _constants(source, manifest, blank), Ranks()):
         new_statistics = read_statistics(config.out)
         shards = missing_shards(config.out, manifest, Ranks())
@@ -111,7 +111,7 @@ def run_prune(config: PruneConfig) -> None:
     manifest = replace(there, views=replace(there.views, views=views), layout=layout, codec=codec)
     plan = Plan(SampleTable(**{name: column[:samples] for name, column in vars(source.table).items()}), layout)
     constants = {n: value.numpy() for n, value in source.constants.items() if codec.neck or not n.startswith("neck_")}
-    blank = set(read_skipped(config.store).tolist())
+    blank = set(np.flatnonzero(source.blank).tolist())
 
     def batches_of(shard: int) -> Batches:
         for rows in batches(shard_rows(shard, layout), ROWS_AT_ONCE):

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import google_crc32c
@@ -34,11 +34,13 @@ from common.cache.schema import (
     Layout,
     Manifest,
 )
-from common.cache.storage import TEMPORARY, Folder, Location, Storage, checked, locate
-from common.cache.validate import UNREADABLE, metadata_damage
+from common.cache.storage import TEMPORARY, Folder, Location, Storage, locate
+from common.cache.validate import UNREADABLE, check_record, metadata_damage
 from common.cache.writer import (
     finished_shards,
+    marked_shards,
     metadata_checksums,
+    read_marks,
     read_table,
     shard_key,
 )
@@ -120,7 +122,10 @@ def examine(store: Location, threads: int) -> Findings:
             ThreadPoolExecutor(threads, "verify") as pool,
             tqdm(total=total_bytes, unit="B", unit_scale=True, desc="verify", mininterval=BAR_INTERVAL_S) as bar,
         ):
-            found = map_ahead(pool, lambda file: examine_file(storage, manifest.layout, file), files, 2 * threads)
+            blank = _blank(storage, manifest.layout)
+            found = map_ahead(
+                pool, lambda file: examine_file(storage, manifest.layout, file, table, blank), files, 2 * threads
+            )
             for file, damage in zip(files, found, strict=True):
                 damages += damage
                 bar.update(file.expected_bytes(manifest.layout))
@@ -143,8 +148,10 @@ class ShardFile:
         return len(self.owners) * layout.page_bytes(self.field) + layout.index_bytes(self.field)
 
 
-def examine_file(storage: Storage, layout: Layout, file: ShardFile) -> list[Damage]:
-    """What is wrong with one shard file."""
+def examine_file(
+    storage: Storage, layout: Layout, file: ShardFile, table: SampleTable, blank: npt.NDArray[np.bool_]
+) -> list[Damage]:
+    """What is wrong with one shard file. blank: (N,) which samples have no image, so that their records are zeros."""
     page_bytes, pages = layout.page_bytes(file.field), len(file.owners)
     damages = []
     try:
@@ -154,6 +161,9 @@ def examine_file(storage: Storage, layout: Layout, file: ShardFile) -> list[Dama
                 damages.append(Damage(file.key, reason, file.shard))
             bad = [page for page, matches in enumerate(_page_sums(read, pages, page_bytes)) if not matches]
             index = read(pages * page_bytes, layout.index_bytes(file.field))
+            damages += senseless_records(
+                read, layout, file, table, blank | np.isin(np.arange(len(table)), file.owners[bad])
+            )
     except OSError as error:
         return [Damage(file.key, f"it cannot be read: {error.strerror or error}", file.shard)]
     for row in dict.fromkeys(file.owners[bad].tolist()):
@@ -162,6 +172,32 @@ def examine_file(storage: Storage, layout: Layout, file: ShardFile) -> list[Dama
         damages.append(Damage(file.key, reason, file.shard, (row,)))
     if index != _expected_index(pages, layout.shard_pages(file.field), page_bytes):
         damages.append(Damage(file.key, "its index is not what it should be", file.shard))
+    return damages
+
+
+def senseless_records(
+    read: Callable[[int, int], bytes],
+    layout: Layout,
+    file: ShardFile,
+    table: SampleTable,
+    excepted: npt.NDArray[np.bool_],
+) -> list[Damage]:
+    """Records of a shard file that cannot be a teacher's answer, whatever their checksums say. excepted: (N,)"""
+    field, page_bytes, damages = file.field, layout.page_bytes(file.field), []
+    if field.dtype in ("int8", "uint8"):  # of which every value means something
+        return []
+    rows, first, pages = np.unique(file.owners, return_index=True, return_counts=True)
+    for row, start, count in zip(rows.tolist(), first.tolist(), pages.tolist(), strict=True):
+        if excepted[row]:
+            continue
+        stored = np.frombuffer(read(start * page_bytes, count * page_bytes), np.uint8).reshape(count, page_bytes)
+        values = np.ascontiguousarray(stored[:, :-CHECKSUM_BYTES]).view(np.dtype(field.dtype).newbyteorder("<"))
+        values = values.reshape(-1, *field.row_shape)
+        tokens = int(table.level_shapes[row].prod(axis=1, dtype=np.int64).sum())
+        try:
+            check_record(field, values[: table.token_count[row]] if field.per == "token" else values[0], tokens)
+        except ValueError as error:
+            damages.append(Damage(file.key, str(error), file.shard, (row,)))
     return damages
 
 
@@ -220,12 +256,21 @@ def _examine_metadata(store: Location, manifest: Manifest) -> tuple[list[Damage]
         read_constants(store, manifest)
     except UNREADABLE as error:
         damages.append(Damage(CONSTANTS_GROUP, f"the teacher's constants cannot be read: {error}"))
-    for shard in map(int, filter(str.isdigit, storage.names(f"{SKIPPED}/c"))):
+    for shard in marked_shards(storage):
         try:
-            checked(storage.view(f"{SKIPPED}/c/{shard}"))
+            read_marks(storage, manifest.layout, shard)
         except UNREADABLE as error:
             damages.append(Damage(f"{SKIPPED}/c/{shard}", str(error), shard))
     return damages, table
+
+
+def _blank(storage: Storage, layout: Layout) -> npt.NDArray[np.bool_]:
+    """(N,) which samples have no image, as far as it can be read."""
+    blank = np.zeros(layout.samples, dtype=bool)
+    for shard in marked_shards(storage):
+        with suppress(*UNREADABLE):
+            blank[read_marks(storage, layout, shard)] = True
+    return blank
 
 
 def present_shards(storage: Storage, field: Field, layout: Layout) -> list[int]:

@@ -99,7 +99,7 @@ class CacheReader:
             check_metadata(self.storage, self.manifest)
             self.table: SampleTable = read_table(self.storage, self.manifest)
             self.constants = read_constants(self.storage, self.manifest)
-        skipped = read_skipped(self.storage)
+        skipped = read_skipped(self.storage, self.manifest.layout)
         self.finished_shards = finished_shards(self.storage, self.manifest)
         self._readable = np.repeat(self.finished_shards, self.manifest.layout.shard_samples)[: len(self.table)]
         self.blank = np.zeros(len(self.table), dtype=bool)  # the records without an image

@@ -215,7 +215,7 @@ def metadata_damage(storage: Storage, manifest: Manifest) -> list[tuple[str, str
             found = _described(json.loads(content))
             if found != expected:
                 wrong = next(part for part in expected if found[part] != expected[part])
-                raise ValueError(f"expected {wrong} {expected[wrong]}, found {found[wrong]}")
+                raise ValueError(f"expected {wrong} {expected[wrong]}, found {str(found[wrong])[:200]}")
         except FileNotFoundError:
             damage.append((key, "it is missing"))
         except (*UNREADABLE, AttributeError, IndexError) as error:

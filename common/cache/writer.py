@@ -8,6 +8,7 @@ In a bucket a shard is assembled in memory (about SHARD_BYTES; twice that while 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -265,17 +266,29 @@ def read_table(store: Location, manifest: Manifest) -> SampleTable:
     return table
 
 
-def read_skipped(store: Location) -> npt.NDArray[np.intp]:
+def read_skipped(store: Location, layout: Layout) -> npt.NDArray[np.intp]:
     """Rows without a teacher's answer, because their images could not be decoded. UserError if that is damaged."""
     storage = locate(store)
     rows = [np.empty(0, dtype=np.intp)]
-    for name in storage.names(f"{SKIPPED}/c"):
-        if name.isdigit():
-            try:
-                marks = checked(storage.view(f"{SKIPPED}/c/{name}"))
-            except ValueError as error:
-                raise UserError(
-                    f"{storage}/{SKIPPED}/c/{name}: {error}; `python -m teacher_dump repair {storage}` mends it"
-                ) from None
-            rows.append(int(name) * len(marks) + np.flatnonzero(marks))
+    for shard in marked_shards(storage):
+        try:
+            rows.append(read_marks(storage, layout, shard))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{storage}/{SKIPPED}/c/{shard}: {error}; `python -m teacher_dump repair {storage}` mends it"
+            ) from None
     return np.sort(np.concatenate(rows))
+
+
+def marked_shards(storage: Storage) -> list[int]:
+    """The shards of which a chunk of `skipped` is there."""
+    return [int(name) for name in storage.names(f"{SKIPPED}/c") if re.fullmatch("[0-9]{1,10}", name)]
+
+
+def read_marks(storage: Storage, layout: Layout, shard: int) -> npt.NDArray[np.intp]:
+    """The rows that the chunk of a shard marks as skipped. OSError or ValueError if it is damaged."""
+    marks = checked(storage.view(f"{SKIPPED}/c/{shard}"))
+    rows = shard * layout.shard_samples + np.flatnonzero(marks)
+    if len(marks) != layout.shard_samples or (rows >= layout.samples).any():
+        raise ValueError("it does not have one mark for each sample of a shard")
+    return rows
