@@ -64,8 +64,8 @@ class DataOptions:
 @dataclass(frozen=True)
 class ModelOptions:
     student: Annotated[str, tyro.conf.arg(metavar="NAME")] = "r50"
-    """Deformable DETR with this backbone: r50, r18, r34, r101, mobilenet_v2, or timm:NAME for one of timm's. tiny is
-    for drawn scenes, tiny_teacher its teacher."""
+    """Deformable DETR with this backbone: r50, r18, r34, r101, mobilenet_v2 (mobilenet_v2_1280: as
+    DETRDistill has it), or timm:NAME for one of timm's. tiny is for drawn scenes, tiny_teacher its teacher."""
     backbone_weights: OptionalPath = None
     """torchvision's (or timm's) ImageNet weights of the backbone, a .pth or .safetensors file."""
     init: OptionalPath = None
@@ -358,9 +358,9 @@ class ExportConfig:
 
     checkpoint: Path
     """Detector to export: a run's best.safetensors, or any file that --teacher accepts."""
-    to: Literal["transformers", "mmdet", "official", "onnx"]
-    """transformers: a folder for from_pretrained. mmdet: MMDetection 3. official: Deformable DETR's own code. onnx: one
-    file with pre- and post-processing."""
+    to: Literal["transformers", "mmdet", "mmdet2", "official", "onnx"]
+    """transformers: a folder for from_pretrained. mmdet: MMDetection 3. mmdet2: MMDetection 2, and DETRDistill's code.
+    official: Deformable DETR's own code. onnx: one file with pre- and post-processing."""
     out: Path
     """Where to write."""
     data: OptionalPath = None

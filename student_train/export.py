@@ -1,4 +1,4 @@
-"""A trained detector as files of other programs: transformers, MMDetection 3, the official code, ONNX.
+"""A trained detector as files of other programs: transformers, MMDetection 3 and 2, the official code, ONNX.
 
 Nothing of the teacher, and none of the projections that training adds, is in a checkpoint; so none is in an export.
 """
@@ -17,7 +17,7 @@ from common.augment import AugmentPolicy
 from common.categories import Categories
 from common.coco import load_annotations
 from common.detr import layouts
-from common.detr.backbone import RESNETS
+from common.detr.backbone import MOBILENETS, RESNETS
 from common.detr.config import DetectorConfig
 from common.detr.detector import DeformableDetr
 from common.detr.layouts import State
@@ -31,6 +31,8 @@ from student_train.checkpoint import write_atomically, write_json
 from student_train.config import ExportConfig
 from student_train.evaluate import saved_policy
 from student_train.export_onnx import to_onnx
+
+MMDETECTIONS = {"mmdet": layouts.MMDET3, "mmdet2": layouts.MMDET2}
 
 
 def export(config: ExportConfig) -> None:
@@ -52,8 +54,8 @@ def export(config: ExportConfig) -> None:
         raise UserError(f"{config.out} could not be made ({error.strerror}): name another place with --out") from None
     if config.to == "transformers":
         to_transformers(config.out, detector, categories, policy)
-    elif config.to == "mmdet":
-        to_mmdet(config.out, detector, categories)
+    elif config.to in MMDETECTIONS:
+        to_mmdet(config.out, detector, categories, config.to)
     elif config.to == "official":
         to_official(config.out, detector, categories)
     else:
@@ -69,7 +71,7 @@ def to_transformers(
     policy: the evaluation's, whose sizes the image processor is to use.
     """
     modules = {type(module).__name__ for module in detector.backbone.modules()}
-    if detector.config.backbone == "mobilenet_v2" or modules & {"BatchNormAct2d", "FrozenBatchNormAct2d"}:
+    if detector.config.backbone in MOBILENETS or modules & {"BatchNormAct2d", "FrozenBatchNormAct2d"}:
         # its replace_batch_norm takes timm's norm-and-activation for a norm (seen in 5.23)
         raise UserError(
             f"transformers would drop activations of {detector.config.backbone} when it freezes batch norm: use --to"
@@ -130,6 +132,7 @@ def transformers_config(config: DetectorConfig, categories: Categories | None) -
         "num_feature_levels": config.levels,
         "dropout": config.dropout,
         "with_box_refine": config.refine,
+        "tie_word_embeddings": False,  # the weights hold every layer's heads
         "two_stage": config.two_stage,
         "two_stage_num_proposals": config.queries,
         "id2label": dict(enumerate(names)),
@@ -139,21 +142,29 @@ def transformers_config(config: DetectorConfig, categories: Categories | None) -
     }
 
 
-def to_mmdet(path: Path, detector: DeformableDetr, categories: Categories | None) -> None:
-    """A checkpoint of MMDetection 3's `DeformableDETR`, its classes where `init_detector` looks for them."""
+def to_mmdet(path: Path, detector: DeformableDetr, categories: Categories | None, program: str = "mmdet") -> None:
+    """A checkpoint of MMDetection's `DeformableDETR`, its classes where `init_detector` looks for them.
+
+    program: "mmdet" for version 3, "mmdet2" for version 2, on which DETRDistill is built.
+    """
     config = detector.config
-    _check_backbone(config, (*RESNETS, "mobilenet_v2"), "mmdet")
-    _check_width(config, "mmdet")
-    state = export_state(detector, layouts.MMDET3)
+    _check_backbone(config, (*RESNETS, *MOBILENETS), program)
+    _check_width(config, program)
+    state = export_state(detector, MMDETECTIONS[program])
     names = () if categories is None else categories.names
     meta: dict[str, Any] = {"dataset_meta": {"classes": names}, "CLASSES": names} if names else {}
     _save(path, {"state_dict": state, "meta": meta})
     if any(name.startswith("neck.") and name.endswith(".conv.bias") for name in state):
-        log.info(
-            "its neck's convolutions have biases: in MMDetection's configuration, give the ChannelMapper bias=True"
-        )
-    if config.backbone == "mobilenet_v2":
-        log.info("MMDetection's MobileNetV2 gives the three levels with out_indices=(3, 5, 7)")
+        if program == "mmdet2":
+            log.warning(
+                "its neck's convolutions have biases, which MMDetection 2 drops without a word: give its ChannelMapper"
+                " some before loading (docs/troubleshooting.md)"
+            )
+        else:
+            log.info("its neck's convolutions have biases: in MMDetection, give the ChannelMapper bias=True")
+    if config.backbone in MOBILENETS:
+        last = 6 if config.backbone == "mobilenet_v2" else 7
+        log.info(f"MMDetection's MobileNetV2 gives the three levels with out_indices=(2, 4, {last})")
 
 
 def to_official(path: Path, detector: DeformableDetr, categories: Categories | None) -> None:
@@ -214,4 +225,9 @@ def _check_width(config: DetectorConfig, program: str) -> None:
         raise UserError(
             f"expected a width that 32 divides for --to {program}, whose neck has 32 groups, found {config.width}:"
             " use --to onnx"
+        )
+    if config.two_stage and config.width != 256 and program != "transformers":
+        raise UserError(
+            f"expected a width of 256 for a two-stage detector and --to {program}, whose encoding of proposals has it"
+            f" written in, found {config.width}: use --to transformers or onnx"
         )

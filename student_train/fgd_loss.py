@@ -103,7 +103,7 @@ def fgd_losses(
     relation = lambda sum (R_T(F_T) - R_S(F_S))^2, R(F) = F + W_2 relu(LN(W_1 sum_t softmax_t(w F) F)).
 
     A box covers the cells from the floor of its low edges to the ceiling of its high ones, both included, as in the
-    authors' code (which takes rows for columns). A sample without boxes is all background.
+    authors' code. A sample without boxes is all background.
     """
     weights = weights or FgdWeights()
     kept = student.matched()

@@ -55,9 +55,10 @@ def run(checkpoint: Path, to: str, out: Path, *more: object) -> None:
 
 
 @pytest.mark.parametrize("student", STUDENTS)
-def test_transformers(student: str, tmp_path: Path) -> None:
-    """`from_pretrained` on the exported folder: no key missing or unexpected; its logits within 1e-4 and boxes within
-    1e-5 of ours on a padded batch; class names and category ids arrive. Our loader reads the folder back: equal."""
+def test_transformers(student: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """`from_pretrained` on the exported folder: no key missing or unexpected, no word of tied weights; its logits
+    within 1e-4 and boxes within 1e-5 of ours on a padded batch; class names and category ids arrive. Our loader reads
+    the folder back: equal."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("timm")
     detector = saved(tmp_path / "best.safetensors", STUDENTS[student])
@@ -65,6 +66,8 @@ def test_transformers(student: str, tmp_path: Path) -> None:
     oracle, info = transformers.DeformableDetrForObjectDetection.from_pretrained(
         tmp_path / "theirs", output_loading_info=True
     )
+    written = capfd.readouterr()
+    assert "tie" not in written.err + written.out
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
@@ -213,11 +216,11 @@ def test_onnx_of_a_fixed_size(tmp_path: Path) -> None:
 def test_official_outputs_are_category_ids(two_stage: bool, tmp_path: Path) -> None:
     """The official file has an output for each id up to the largest; loading it back with the data's ids gives every
     weight back (exact), and an output of no category a probability of 0."""
-    config = dataclasses.replace(SMALL, two_stage=two_stage, queries=300)
+    config = dataclasses.replace(SMALL, two_stage=two_stage, queries=300, width=256 if two_stage else 64)
     detector = saved(tmp_path / "best.safetensors", config)
     run(tmp_path / "best.safetensors", "official", tmp_path / "official.pth")
     content = torch.load(tmp_path / "official.pth", weights_only=True)
-    assert content["model"]["class_embed.0.weight"].shape == (901, 64)
+    assert content["model"]["class_embed.0.weight"].shape == (901, config.width)
     assert content["model"]["class_embed.0.bias"][4].sigmoid() < 1e-12
     again, report = load_detector(tmp_path / "official.pth", data=CATEGORIES)
     assert not report.unused
@@ -225,20 +228,26 @@ def test_official_outputs_are_category_ids(two_stage: bool, tmp_path: Path) -> N
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2"])
-def test_mmdet(backbone: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("to", ["mmdet", "mmdet2"])
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2", "mobilenet_v2_1280"])
+def test_mmdet(backbone: str, to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """MMDetection's file names its classes and comes back with every weight (exact). MobileNetV2's names are those of
-    MMDetection's modules, written down here from its source."""
+    MMDetection's modules, written down here from its source, and so are its indices: it numbers conv1 none and layer1
+    0, and conv2 7, so that strides 8, 16 and 32 end in 2, 4 and 6, or 7 with conv2's 1280 channels."""
     detector = saved(tmp_path / "best.safetensors", dataclasses.replace(SMALL, backbone=backbone))
-    run(tmp_path / "best.safetensors", "mmdet", tmp_path / "mmdet.pth")
+    run(tmp_path / "best.safetensors", to, tmp_path / "mmdet.pth")
+    said = capsys.readouterr().err
     content = torch.load(tmp_path / "mmdet.pth", weights_only=True)
     assert content["meta"]["dataset_meta"]["classes"] == CATEGORIES.names
-    if backbone == "mobilenet_v2":
+    assert ("bbox_head.transformer.level_embeds" in content["state_dict"]) == (to == "mmdet2")
+    assert ("MMDetection 2 drops without a word" in said) == (to == "mmdet2")
+    if backbone != "resnet18":
         found = {name: tuple(t.shape) for name, t in content["state_dict"].items() if name.startswith("backbone.")}
         assert found == dict(mmdet_mobilenet())
+        assert f"out_indices=(2, 4, {6 if backbone == 'mobilenet_v2' else 7})" in said
     again, report = load_detector(tmp_path / "mmdet.pth")
     assert not report.unused
-    assert report.categories == Categories((0, 1, 2), CATEGORIES.names)
+    assert again.config.backbone == backbone
     ours, theirs = detector.state_dict(), again.state_dict()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs if not name.endswith("num_batches_tracked"))
 
@@ -289,6 +298,14 @@ def test_what_a_program_cannot_express_is_one_line(tmp_path: Path) -> None:
         (PRESETS["tiny"](3), "mmdet", (), "use --to onnx"),
         (dataclasses.replace(SMALL, backbone="mobilenet_v2"), "official", (), "use --to onnx"),
         (dataclasses.replace(SMALL, width=48), "official", (), "whose neck has 32 groups, found 48"),
+        (
+            dataclasses.replace(SMALL, two_stage=True),
+            "official",
+            (),
+            "expected a width of 256 for a two-stage detector",
+        ),
+        (dataclasses.replace(SMALL, two_stage=True), "mmdet", (), "expected a width of 256 for a two-stage detector"),
+        (dataclasses.replace(SMALL, two_stage=True), "mmdet2", (), "expected a width of 256 for a two-stage detector"),
         (SMALL, "onnx", ("--image-size", 100, 128), "two multiples of 64"),
     )
     for config, to, more, message in cases:

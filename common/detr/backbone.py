@@ -23,7 +23,8 @@ RESNETS: dict[str, Callable[..., ResNet]] = {
     "resnet50": torchvision.models.resnet50,
     "resnet101": torchvision.models.resnet101,
 }
-NAMES = (*RESNETS, "mobilenet_v2", "tiny")
+MOBILENETS = ("mobilenet_v2", "mobilenet_v2_1280")
+NAMES = (*RESNETS, *MOBILENETS, "tiny")
 
 
 class Backbone(nn.Module):
@@ -53,16 +54,17 @@ def build_backbone(
 
     pretrained: it is to receive ImageNet weights. Then batch norm is frozen, and so are the parameters up to stride 4
     (the stem and the first stage), as in the recipe of Deformable DETR. Otherwise everything trains. "tiny" always
-    trains: tiny_channels are those of its stem (stride 2) and of its stages at strides 4, 8, 16 and 32, each of
-    `tiny_blocks` basic blocks.
+    trains, and so does "mobilenet_v2_1280", DETRDistill's. tiny_channels are those of tiny's stem (stride 2) and of its
+    stages at strides 4, 8, 16 and 32, each of `tiny_blocks` basic blocks.
     """
     if name.startswith(PREFIX):
         return build_timm(name.removeprefix(PREFIX), pretrained)
     if name == "tiny":
         return _tiny(tiny_channels, tiny_blocks)
-    norm = FrozenBatchNorm2d if pretrained else nn.BatchNorm2d
-    backbone = _mobilenet_v2(norm) if name == "mobilenet_v2" else _resnet(RESNETS[name], norm)
-    if pretrained:
+    frozen = pretrained and name != "mobilenet_v2_1280"
+    norm = FrozenBatchNorm2d if frozen else nn.BatchNorm2d
+    backbone = _mobilenet_v2(name, norm) if name in MOBILENETS else _resnet(RESNETS[name], norm)
+    if frozen:
         for child, module in backbone.body.items():
             if child in ("conv1", "layer1", "0", "1", "2", "3"):
                 module.requires_grad_(False)
@@ -76,10 +78,13 @@ def _resnet(constructor: Callable[..., ResNet], norm: type[nn.Module]) -> Backbo
     return Backbone(body, ("layer2", "layer3", "layer4"), (channels // 4, channels // 2, channels))
 
 
-def _mobilenet_v2(norm: type[nn.Module]) -> Backbone:
-    """Its stages end in blocks 6, 13 and 17; block 18 only widens C5 from 320 to 1280 channels for the classifier."""
-    body = list(torchvision.models.mobilenet_v2(norm_layer=norm).features.named_children())[:18]
-    return Backbone(body, ("6", "13", "17"), (32, 96, 320))
+def _mobilenet_v2(name: str, norm: type[nn.Module]) -> Backbone:
+    """Its stages end in blocks 6, 13 and 17; block 18 only widens C5 from 320 to 1280 channels for the classifier, and
+    DETRDistill takes it along."""
+    body = list(torchvision.models.mobilenet_v2(norm_layer=norm).features.named_children())
+    if name == "mobilenet_v2":
+        return Backbone(body[:18], ("6", "13", "17"), (32, 96, 320))
+    return Backbone(body, ("6", "13", "18"), (32, 96, 1280))
 
 
 def _tiny(channels: Sequence[int], blocks: int) -> Backbone:

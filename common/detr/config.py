@@ -16,12 +16,12 @@ from common.errors import UserError
 class DetectorConfig:
     """Everything that decides the shapes of a detector's weights, and how it runs.
 
-    backbone: resnet18, resnet34, resnet50, resnet101, mobilenet_v2, tiny, or timm:NAME for one of timm's. num_classes:
-    K. width: C. levels: feature levels, up to three the coarsest of C3, C4, C5, further ones by stride-2 convolutions
-    beyond C5. points: sampling points of each head in each level. refine: iterative bounding box refinement. two_stage:
-    the queries come from the encoder's best proposals (needs refine). pretrained_backbone: the backbone is to receive
-    ImageNet weights, so its batch norm and its first stage are frozen. tiny_channels, tiny_blocks: of the backbone
-    "tiny", see `build_backbone`.
+    backbone: resnet18, resnet34, resnet50, resnet101, mobilenet_v2, mobilenet_v2_1280, tiny, or timm:NAME for one of
+    timm's. num_classes: K. width: C. levels: feature levels, up to three the coarsest of C3, C4, C5, further ones by
+    stride-2 convolutions beyond C5. points: sampling points of each head in each level. refine: iterative bounding box
+    refinement. two_stage: the queries come from the encoder's best proposals (needs refine). pretrained_backbone: the
+    backbone is to receive ImageNet weights, so its batch norm and its first stage are frozen. tiny_channels,
+    tiny_blocks: of the backbone "tiny", see `build_backbone`.
 
     JSON-able by `dataclasses.asdict`, and back by `from_dict`. Raises UserError if the values do not go together.
     """

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.detr import mobilenet_names
+from common.detr.backbone import MOBILENETS
 from common.detr.config import DetectorConfig
 
 State = dict[str, Tensor]
@@ -232,7 +233,8 @@ def _respell_mmdet(state: State) -> State:
     """Convolutions before a norm have no bias there. MobileNetV2 ends in a convolution for its classifier."""
     if "backbone.layer1.0.depthwise_conv.conv.weight" in state:
         state = mobilenet_names.from_mmdet(state, "backbone.")
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("backbone.conv2.")}
+        if not any(name.startswith("neck.convs.") and tensor.shape[1:2] == (1280,) for name, tensor in state.items()):
+            state = {name: tensor for name, tensor in state.items() if not name.startswith("backbone.18.")}
     weights = [name for name in state if re.match(r"neck\..*\.conv\.weight$", name)]
     return {name.replace("weight", "bias"): state[name].new_zeros(len(state[name])) for name in weights} | state
 
@@ -240,10 +242,11 @@ def _respell_mmdet(state: State) -> State:
 def _complete_mmdet(state: State, config: DetectorConfig) -> State:
     """Its batch norm counts; its neck has a bias only where `bias=True`, so leave out what is zero.
 
-    Its MobileNetV2 always holds the last convolution, which no level of a detector looks at: zeros stand for it.
+    Its MobileNetV2 always holds the last convolution; where no level of the detector looks at it, zeros stand for it.
     """
-    if config.backbone == "mobilenet_v2":
+    if config.backbone in MOBILENETS:
         state = mobilenet_names.to_mmdet(state, "backbone.")
+    if config.backbone == "mobilenet_v2":
         norm = {f"backbone.conv2.bn.{name}": torch.zeros(1280) for name in ("weight", "bias", "running_mean")}
         state |= norm | {"backbone.conv2.bn.running_var": torch.ones(1280)}
         state["backbone.conv2.conv.weight"] = torch.zeros(1280, 320, 1, 1)

@@ -55,3 +55,5 @@ def _rows() -> Iterator[tuple[str, str]]:
             for row in (_FIRST if number == 1 else _FURTHER).strip().splitlines():
                 ours, theirs = row.split()
                 yield f"{number}.{ours}", f"layer{stage}.{block}.{theirs}"
+    yield "18.0.", "conv2.conv."
+    yield "18.1.", "conv2.bn."

@@ -30,6 +30,7 @@ PRESETS: dict[str, Callable[..., DetectorConfig]] = {
     "r34": partial(DetectorConfig, "resnet34"),
     "r101": partial(DetectorConfig, "resnet101"),
     "mobilenet_v2": partial(DetectorConfig, "mobilenet_v2"),
+    "mobilenet_v2_1280": partial(DetectorConfig, "mobilenet_v2_1280"),
     # The tiny teacher's backbone has twice the blocks and a third more channels than the tiny student's.
     "tiny": partial(_TINY, tiny_channels=(9, 12, 24, 48, 96), tiny_blocks=1),
     "tiny_teacher": partial(_TINY, tiny_channels=(12, 16, 32, 64, 128), tiny_blocks=2),
