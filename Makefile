@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: demo test test-oldest lint bench results clean
+.PHONY: demo test test-oldest lint bench gpu results clean
 .DEFAULT_GOAL := help
 
 help:
@@ -11,6 +11,7 @@ help:
 	@echo "make test   the tests; make test-oldest: with the oldest PyTorch that is supported, in .venv-oldest"
 	@echo "make lint   ruff, mypy and the import contract"
 	@echo "make bench  speed and memory, as a table and build/bench.json"
+	@echo "make gpu    on a machine with a GPU: the tests and benchmarks that need one, 12 minutes at most, build/gpu.json"
 	@echo "make results  the tables and the plot of docs/results.md (hours; stopped, it goes on where it was)"
 
 .venv/ready: setup.cfg pyproject.toml tests/constraints.txt
@@ -43,6 +44,10 @@ lint: .venv/ready
 
 bench: .venv/ready-bench
 	$(BIN)/python -m tests.benchmarks
+
+# Installs nothing: PyTorch is the machine's own, and what else it lacks lies in build/packages (docs/gpu.md).
+gpu:
+	@PYTHONPATH=build/packages $(if $(wildcard .venv/ready),$(BIN)/python,$(PYTHON)) -m tests.gpu
 
 results: .venv/ready
 	$(BIN)/python -m tests.results

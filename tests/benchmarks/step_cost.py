@@ -51,13 +51,20 @@ TEACHERS = {"tiny": "tiny"}  # of the others: R-101
 class Steps:
     """Everything that steps in any of the ways need, for one student."""
 
-    def __init__(self, student: str, device: torch.device, ways: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        student: str,
+        device: torch.device,
+        ways: tuple[str, ...],
+        images: int = 2,
+        size: tuple[int, int] = SIZE,
+    ) -> None:
         torch.manual_seed(0)
         generator = torch.Generator().manual_seed(0)
-        boxes = torch.rand(2, BOXES, 4, generator=generator) * 0.4 + 0.2
-        labels = torch.randint(CLASSES, (2, BOXES), generator=generator)
+        boxes = torch.rand(images, BOXES, 4, generator=generator) * 0.4 + 0.2
+        labels = torch.randint(CLASSES, (images, BOXES), generator=generator)
         pairs = [
-            (torch.randn(3, *SIZE, generator=generator), Targets(b, c)) for b, c in zip(boxes, labels, strict=True)
+            (torch.randn(3, *size, generator=generator), Targets(b, c)) for b, c in zip(boxes, labels, strict=True)
         ]
         batch = collate(pairs)
         self.images, self.mask = batch.images.to(device), batch.padding_mask.to(device)
@@ -69,7 +76,7 @@ class Steps:
             shape = DeformableDetr(PRESETS[teacher](CLASSES))
         info = detector_info(shape, teacher, "", trained=False)
         queries = torch.randn(info.queries, 2 * info.channels, generator=generator)
-        self.cached = draw_records(info, generator, device)
+        self.cached = draw_records(info, generator, device, images, size)
         live = None
         if any("live" in way for way in ways):
             live = LiveTeacher(DeformableDetr(PRESETS[teacher](CLASSES)), info, range(CLASSES))
@@ -95,11 +102,17 @@ class Steps:
             torch.cuda.synchronize()
 
 
-def draw_records(info: TeacherInfo, generator: torch.Generator, device: torch.device) -> CachedBatch:
+def draw_records(
+    info: TeacherInfo,
+    generator: torch.Generator,
+    device: torch.device,
+    images: int = 2,
+    size: tuple[int, int] = SIZE,
+) -> CachedBatch:
     """Records of the batch as the default store gives them, of a teacher that says anything."""
-    grids = [level_shapes(*SIZE, info.strides)] * 2
+    grids = [level_shapes(*size, info.strides)] * images
     tokens = token_count(grids[0])
-    sample_shape = (2, info.layers, info.queries)
+    sample_shape = (images, info.layers, info.queries)
 
     def codes(*shape: int) -> torch.Tensor:
         return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
@@ -108,20 +121,20 @@ def draw_records(info: TeacherInfo, generator: torch.Generator, device: torch.de
     assignment = torch.full(sample_shape, -1)
     assignment[..., :BOXES] = torch.arange(BOXES)
     drawn = CachedBatch(
-        tokens=codes(2 * tokens, channels // 8),
+        tokens=codes(images * tokens, channels // 8),
         token_scales=None,
         channel_scale=None,
         channel_shift=None,
-        token_positions=torch.arange(tokens).repeat(2),
-        token_weights=torch.rand(2 * tokens, generator=generator),
-        token_offsets=torch.tensor([0, tokens, 2 * tokens]),
+        token_positions=torch.arange(tokens).repeat(images),
+        token_weights=torch.rand(images * tokens, generator=generator),
+        token_offsets=torch.arange(images + 1) * tokens,
         level_shapes=torch.tensor(grids),
         queries=torch.empty(0, info.layers, info.queries, channels),
         logits=codes(*sample_shape, CLASSES) // 4,  # scores below .15
         boxes_cxcywh=torch.rand(*sample_shape, 4, generator=generator) * 0.4 + 0.2,
         quality=torch.rand(*sample_shape, generator=generator),
         assignment=assignment,
-        level_strides=torch.tensor(info.strides).float()[None, :, None].expand(2, -1, 2),
+        level_strides=torch.tensor(info.strides).float()[None, :, None].expand(images, -1, 2),
         codebooks=torch.randn(channels // 8, 256, 8, generator=generator),
         rotation=torch.linalg.qr(torch.randn(channels, channels, generator=generator))[0],
     )
