@@ -42,21 +42,20 @@ class DataOptions:
     split: str = "train2017"
     """Split to train on; with a cache, the one that was cached."""
     image_folder: OptionalPath = None
-    """Folder of both splits' images, which no file name leaves. (default: DATA/SPLIT)"""
+    """Folder of the images of both splits. (default: DATA/SPLIT)"""
     subset: OptionalSubset = None
     """Train on so many of its images, or that fraction of them: the same ones in every run. (default: all, with a cache
     those of its finished shards)"""
     val_split: str = "val2017"
     """Split to evaluate on."""
     sizes: OptionalInts = None
-    """Short sides in pixels to draw from, instead of Deformable DETR's 480, 512, ... 800; no crops then. Not with a
-    cache."""
+    """Without a cache: short sides in pixels to draw from, instead of 480, 512, ... 800; no crops then."""
     exif: OptionalExif = None
     """EXIF's orientation; auto: where the annotated size allows it. (default: auto; with a cache, its own)"""
     skip_broken: bool = False
     """Train on other samples in the place of images that cannot be decoded, and list them."""
     workers: int = 4
-    """Threads that decode images and replay their augmentation."""
+    """Threads that decode and augment images."""
     prefetch: int = 3
     """Steps prepared ahead."""
 

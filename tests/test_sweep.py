@@ -87,6 +87,7 @@ def unusual() -> TrainConfig:
         "student": "r18",
         "ema": 0.9,
         "subset": 0.5,
+        "exif": "ignore",
         "track": "wandb",
     }
     groups = {}
