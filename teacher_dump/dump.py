@@ -20,7 +20,8 @@ from tqdm import tqdm
 from common.ahead import map_ahead
 from common.cache.members import create_group
 from common.cache.plan import store_bytes
-from common.cache.storage import Location
+from common.cache.reader import CorruptRecord
+from common.cache.storage import Location, OutOfReach
 from common.coco import Annotations, check_images, load_annotations
 from common.runtime import BAR_INTERVAL_S, Ranks, choose_device, log, read_ranks
 from common.subset import take_subset
@@ -85,9 +86,18 @@ def _dump_teacher(config: DumpConfig, annotations: Annotations, device: torch.de
     summary = write_missing(job, config.store.out, config.data.workers, config.data.skip_broken, ranks)
     for line in annotations.rule.report():
         log.warning(line)
-    if ranks.is_first and (score := score_store(config.store.out, annotations)) is not None:
-        log.info(str(score))
+    if ranks.is_first:
+        _log_score(config.store.out, annotations)
     return summary
+
+
+def _log_score(out: Location, annotations: Annotations) -> None:
+    """Say how good the teacher is by what was written, where that can be read back."""
+    try:
+        if (score := score_store(out, annotations)) is not None:
+            log.info(str(score))
+    except (CorruptRecord, OutOfReach) as error:
+        log.warning(f"{out} is written, but the teacher could not be scored by it: {error}")
 
 
 def write_missing(job: Job, out: Location, workers: int, skip_broken: bool, ranks: Ranks) -> Summary:
@@ -119,7 +129,7 @@ def write_missing(job: Job, out: Location, workers: int, skip_broken: bool, rank
                     bar.set_postfix_str(f"{(bar.n + len(batch)) * record_bytes / 1e9:.3g} GB", refresh=False)
                     bar.update(len(batch))
 
-            write_shards(out, manifest, shards, batches_of)
+            write_shards(out, manifest, job.plan, shards, batches_of)
     return Summary(len(rows), int(len(rows) * record_bytes), time.monotonic() - begin_s, tuple(broken))
 
 

@@ -12,19 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-import zarr
+import numpy.typing as npt
 from pycocotools.coco import COCO
 
 from common.cache.codec import decode_logits
-from common.cache.reader import read_manifest
-from common.cache.storage import Location, locate
-from common.cache.writer import finished_shards, read_skipped, read_table
+from common.cache.reader import CacheReader
+from common.cache.storage import Location
 from common.coco import Annotations
 from common.evaluate import CocoMetrics, Result, coco_ap, coco_index, coco_results, detect, ground_truth
 from common.records import Augmentation
 from teacher_dump.job import augmentation_of
 
+ROWS_AT_ONCE = 64
 SCORED_SAMPLES = 5000  # at most: as many as COCO's val2017 has; reading their predictions takes seconds
 
 
@@ -42,18 +41,19 @@ class Score:
 
 
 def score_store(store: Location, annotations: Annotations, limit: int = SCORED_SAMPLES) -> Score | None:
-    """Evaluate the cached predictions of the first `limit` samples of view 0; None if the store has none yet."""
-    manifest = read_manifest(store)
-    table = read_table(store, manifest)
-    readable = finished_shards(store, manifest)[np.arange(len(table)) // manifest.layout.shard_samples]
-    readable[read_skipped(store, manifest.layout)] = False
-    rows = np.flatnonzero(readable & (table.view == 0))[:limit]
+    """Evaluate the cached predictions of the first `limit` samples of view 0; None if the store has none yet.
+
+    CorruptRecord or OutOfReach where they cannot be read.
+    """
+    reader = CacheReader(store)
+    reader.choose_fields({"logits", "boxes_cxcywh"})  # tokens, the bulk of a store, are not read
+    table, rows = reader.table, reader.rows(view=0)[:limit]
     if not len(rows):
         return None
     augmentations = {int(table.image_id[row]): augmentation_of(table.augmentation[row]) for row in rows}
     truth = view_ground_truth(ground_truth(annotations, augmentations), augmentations)
-    by_row = {int(row): int(table.image_id[row]) for row in rows}
-    results = list(_results(store, by_row, augmentations, manifest.data.category_ids, manifest.layout.shard_samples))
+    results = list(_results(reader, rows, augmentations))
+    reader.close()
     whole = all(
         (a.crop_height, a.crop_width) == (entry.height, entry.width)
         for entry in annotations.entries
@@ -91,20 +91,13 @@ def _cut(annotation: dict[str, Any], image: dict[str, Any], a: Augmentation) -> 
 
 
 def _results(
-    store: Location,
-    image_ids: Mapping[int, int],
-    augmentations: Mapping[int, Augmentation],
-    category_ids: tuple[int, ...],
-    shard_samples: int,
+    reader: CacheReader, rows: npt.NDArray[np.intp], augmentations: Mapping[int, Augmentation]
 ) -> Iterator[Result]:
-    """Detections of each row, read a shard at a time by zarr-python; tokens, the bulk of a store, are not touched."""
-    files = locate(store).zarr_store()
-    logits, boxes_cxcywh = (zarr.open_array(files, path=name, mode="r") for name in ("logits", "boxes_cxcywh"))
-    for shard in sorted({row // shard_samples for row in image_ids}):
-        rows = [row for row in image_ids if row // shard_samples == shard]
-        span = slice(min(rows), max(rows) + 1)
-        last_logits, last_boxes = (torch.from_numpy(np.asarray(array[span])[:, -1]) for array in (logits, boxes_cxcywh))
-        for row in rows:
-            image_id, index = image_ids[row], row - span.start
-            detections = detect(decode_logits(last_logits[index]), last_boxes[index], augmentations[image_id])
-            yield from coco_results(image_id, detections, category_ids)
+    """Detections of each row by the last decoder layer."""
+    for some in np.array_split(rows, -(-len(rows) // ROWS_AT_ONCE)):
+        batch = reader.read(some)
+        logits, boxes_cxcywh = decode_logits(batch.logits[:, -1]), batch.boxes_cxcywh[:, -1]
+        for index, row in enumerate(some.tolist()):
+            image_id = int(reader.table.image_id[row])
+            detections = detect(logits[index], boxes_cxcywh[index], augmentations[image_id])
+            yield from coco_results(image_id, detections, reader.manifest.data.category_ids)

@@ -44,6 +44,7 @@ def writable_store(
     ranks: Ranks,
     *,
     needs_room: bool = True,
+    sealed: bool = True,
 ) -> Iterator[None]:
     """A store at `out` with this manifest, for this job alone: created, or found as an earlier attempt left it.
 
@@ -54,7 +55,7 @@ def writable_store(
     if others and not dist.is_initialized():  # once: of several teachers, a rank may wait long for the others
         dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world_size, timeout=PATIENCE)
     with write_errors(out):
-        lock = _begin(out, manifest, plan, constants, needs_room) if first else None
+        lock = _begin(out, manifest, plan, constants, needs_room, sealed) if first else None
     if others:
         dist.barrier()
     lock = lock if first else _lock(locate(out), fcntl.LOCK_SH)
@@ -65,7 +66,7 @@ def writable_store(
 
 
 def write_shards(
-    out: Location, manifest: Manifest, shards: Iterable[int], batches_of: Callable[[int], Batches]
+    out: Location, manifest: Manifest, plan: Plan, shards: Iterable[int], batches_of: Callable[[int], Batches]
 ) -> None:
     """Write these shards from the batches that `batches_of` gives for each, encoded and written in a thread beside it.
 
@@ -73,7 +74,7 @@ def write_shards(
     """
     with write_errors(out), WriteBehind() as behind:
         for shard in shards:
-            writer = ShardWriter(out, manifest, shard)
+            writer = ShardWriter(out, manifest, plan.table, shard)
             skipped: list[int] = []
             try:
                 for make_records, blank_rows in batches_of(shard):
@@ -131,7 +132,7 @@ def write_errors(out: Location) -> Iterator[None]:
 
 
 def _begin(
-    out: Location, manifest: Manifest, plan: Plan, constants: Callable[[], Constants], needs_room: bool
+    out: Location, manifest: Manifest, plan: Plan, constants: Callable[[], Constants], needs_room: bool, sealed: bool
 ) -> int | None:
     """Create or resume; returns the lock, held."""
     storage = locate(out)
@@ -141,7 +142,7 @@ def _begin(
             raise UserError(f"expected {storage} to be new or a store, found something else there; name another --out")
         _check_room(storage, total_bytes)
         try:
-            create_store(storage, manifest, plan, constants())
+            create_store(storage, manifest, plan, constants(), sealed=sealed)
         except BaseException as error:
             _remove_begun(storage)
             if not (isinstance(error, OSError) and storage.exists("zarr.json")):

@@ -85,7 +85,7 @@ def run_transcode(config: TranscodeConfig) -> None:
                     yield partial(encoded, rows), [row for row in rows if row in blank]
                     bar.update(len(rows))
 
-            write_shards(config.out, manifest, shards, batches_of)
+            write_shards(config.out, manifest, plan, shards, batches_of)
     source.close()
 
 
@@ -117,7 +117,7 @@ def run_prune(config: PruneConfig) -> None:
         for rows in batches(shard_rows(shard, layout), ROWS_AT_ONCE):
             yield partial(stored_records, source, rows), [row for row in rows if row in blank]
 
-    with writable_store(config.out, manifest, plan, lambda: constants, Ranks(), needs_room=False):
+    with writable_store(config.out, manifest, plan, lambda: constants, Ranks(), needs_room=False, sealed=source.sealed):
         for shard in missing_shards(config.out, manifest, Ranks()):
             if not source.finished_shards[shard]:
                 continue
@@ -125,7 +125,7 @@ def run_prune(config: PruneConfig) -> None:
                 with write_errors(config.out):
                     _share_shard(old, new, manifest, shard)
             else:  # the shard where the last view that is kept ends
-                write_shards(config.out, manifest, [shard], batches_of)
+                write_shards(config.out, manifest, plan, [shard], batches_of)
     source.close()
     kept_bytes = store_bytes(manifest, plan.table)
     log.info(

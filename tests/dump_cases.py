@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from unittest import mock
@@ -53,3 +54,25 @@ def same_bytes(one: Path, other: Path) -> bool:
     differing = [name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name)]
     assert not differing, f"{len(differing)} files differ: {sorted(differing)[:5]}"
     return True
+
+
+def unseal(store: Path) -> None:
+    """Make a store what it would have been before there were seals."""
+    about = json.loads((store / "zarr.json").read_bytes())
+    del about["attributes"]["sealed"]
+    (store / "zarr.json").write_text(json.dumps(about, indent=2))
+    layout = about["attributes"]["detrcache"]["layout"]
+    for path in store.glob("*/c.*"):
+        per_token = path.parent.name.startswith(("token", "neck"))
+        pages = layout["shard_tokens"] // layout["page_tokens"] if per_token else layout["shard_samples"]
+        content = path.read_bytes()
+        index = len(content) - (pages * 16 + 4)
+        assert content[index - 32 : index - 28] == b"SEAL"
+        path.write_bytes(content[: index - 32] + content[index:])
+
+
+def swap(one: Path, other: Path) -> None:
+    """Exchange two files."""
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)

@@ -108,7 +108,7 @@ def write_all(store: Path | str, manifest: Manifest, plan: Plan) -> list[Record]
     create_store(store, manifest, plan, constants)
     records: list[Record] = [make_record(manifest, plan, row) for row in range(len(plan.table))]
     for shard in range(manifest.layout.shards):
-        writer = ShardWriter(store, manifest, shard)
+        writer = ShardWriter(store, manifest, plan.table, shard)
         first = shard * manifest.layout.shard_samples
         writer.add(records[first : first + manifest.layout.shard_samples])
         writer.commit()
@@ -223,10 +223,10 @@ def test_unfinished_store_gives_only_finished_shards(tmp_path: Path) -> None:
     assert not reader.complete
     assert set(reader.rows().tolist()) == set(range(len(plan.table))) - gone
 
-    writer = ShardWriter(store, manifest, 2)
+    writer = ShardWriter(store, manifest, plan.table, 2)
     with pytest.raises(KeyError):
         writer.add([{}])
-    ShardWriter(store, manifest, 2)  # a process killed here
+    ShardWriter(store, manifest, plan.table, 2)  # a process killed here
     remove_partial(store)
     assert not list(store.rglob("*partial*"))
     assert not finished_shards(store, manifest)[2]
@@ -236,7 +236,7 @@ def test_skipped_rows_are_not_listed(tmp_path: Path) -> None:
     manifest, plan = make_store_inputs(CodecInfo("fp16", 1.0))
     store = tmp_path / "store.zarr"
     records = write_all(store, manifest, plan)
-    writer = ShardWriter(store, manifest, 0)
+    writer = ShardWriter(store, manifest, plan.table, 0)
     writer.add(records[: manifest.layout.shard_samples])
     writer.commit(skipped=[1])
     assert np.flatnonzero(np.asarray(zarr.open_array(store, path="skipped", mode="r")[:])).tolist() == [1]

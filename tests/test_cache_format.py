@@ -74,10 +74,37 @@ def rows_of_sample(store: Path, name: str, i: int) -> Array:
     index = check(file[-(possible * 16 + 4) :], fully=True)
     for page in range(first, first + pages):
         assert struct.unpack_from("<QQ", index, page * 16) == (page * b, b)
+    check_seal(store, name, k, file[-(possible * 16 + 4) - 32 : -(possible * 16 + 4)], b, file)
     content = b"".join(
         check(file[page * b : (page + 1) * b], fully=page == first) for page in range(first, first + pages)
     )
     return np.frombuffer(content, dtype).reshape(-1, *row_shape)[:count]
+
+
+def check_seal(store: Path, name: str, k: int, seal: bytes, b: int, file: bytes) -> None:
+    """Every number of a file's seal."""
+    attributes = json.loads((store / "zarr.json").read_bytes())["attributes"]
+    assert attributes["sealed"] is True
+    manifest = attributes["detrcache"]
+    n, here = manifest["layout"]["shard_samples"], slice(k * manifest["layout"]["shard_samples"], None)
+    del (
+        manifest["views"]["views"],
+        manifest["layout"]["samples"],
+        manifest["codec"]["neck"],
+        manifest["codec"]["queries"],
+    )
+    columns = ("image_id", "view", "augmentation", "level_shapes", "token_count", "token_offset")
+    marks = store / "skipped" / "c" / str(k)
+    pages = file.index(seal) // b
+    numbers = (
+        crc32c(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()),
+        k,
+        crc32c(b"".join(small_array(store, f"samples/{column}")[here][:n].tobytes() for column in columns)),
+        crc32c(check(marks.read_bytes(), fully=True) if marks.exists() else bytes(n)),
+        crc32c(name.encode()),
+        crc32c(b"".join(file[(page + 1) * b - 4 : (page + 1) * b] for page in range(pages))),
+    )
+    assert check(seal, fully=True) == b"SEAL" + struct.pack("<6I", *numbers)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from zarr.storage import ObjectStore
 
 from common.cache import storage
 from common.cache.plan import Plan
@@ -112,8 +113,9 @@ def test_a_bucket_holds_what_a_folder_holds(tmp_path: Path, url: str, inputs: tu
     assert finished_shards(url, inputs[0]).all()
     assert_same_records(CacheReader(url), CacheReader(local))
     bucket = locate(url)
+    assert isinstance(bucket, Bucket)
     remote_tokens, local_tokens = (
-        zarr.open_array(place, path="tokens", mode="r") for place in (bucket.zarr_store(), local)
+        zarr.open_array(place, path="tokens", mode="r") for place in (ObjectStore(bucket.client, read_only=True), local)
     )
     np.testing.assert_array_equal(np.asarray(remote_tokens[:200]), np.asarray(local_tokens[:200]))
 
@@ -178,9 +180,9 @@ def test_two_dumps_at_once(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyP
     run_dump(replace(options, store=replace(options.store, out=folder)))
     together, create, missing = threading.Barrier(2, timeout=60), store_module.create_store, dump_module.missing_shards
 
-    def create_together(*arguments: Any) -> None:
+    def create_together(*arguments: Any, **more: Any) -> None:
         together.wait()
-        create(*arguments)
+        create(*arguments, **more)
 
     def missing_for_both(*arguments: Any) -> list[int]:
         shards = missing(*arguments)
@@ -228,7 +230,7 @@ def test_a_shard_is_there_whole_or_not_at_all(url: str, wire: Wire, inputs: tupl
     """The network breaks in the middle of a put: one line says so, and the shard is not finished."""
     manifest, plan = inputs
     create_store(url, manifest, plan, plain_constants(manifest))
-    writer = ShardWriter(url, manifest, 0)
+    writer = ShardWriter(url, manifest, plan.table, 0)
     writer.add([make_record(manifest, plan, row) for row in range(manifest.layout.shard_samples)])
     wire.cut_after = 2000
     with pytest.raises(UserError, match=r"out of reach for 2 s.*run the same command again") as caught:

@@ -40,7 +40,7 @@ def test_a_shard_reaches_the_disk_before_its_places(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(Path, "rename", recorded_rename)
-    writer = ShardWriter(store, manifest, 0)
+    writer = ShardWriter(store, manifest, plan.table, 0)
     writer.add(make_record(manifest, plan, row) for row in range(manifest.layout.shard_samples))
     assert events == []
     writer.commit()

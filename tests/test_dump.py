@@ -208,8 +208,8 @@ def test_plan_of_coco(keep_tokens: float) -> None:
         used = -(-counts[row] // page)
         offset, pages = offset + used * page, pages + used
     field = draft.fields()[0]
-    index = layout.shards * (layout.shard_tokens // page * 16 + 4)
-    assert field_bytes(_with_layout(draft, layout), table, field) == pages * (page * 512 + 4) + index
+    tails = layout.shards * (32 + layout.shard_tokens // page * 16 + 4)
+    assert field_bytes(_with_layout(draft, layout), table, field) == pages * (page * 512 + 4) + tails
     assert sorted(table.image_id.tolist()) == [3 * i + 9 for i in range(118_287)]
 
 

@@ -129,3 +129,16 @@ def extend(crc: Any, address: Any, size: Any) -> Any:
 def value(data: npt.NDArray[Any]) -> int:
     """crc32c of a contiguous array's bytes."""
     return int(extend(0, data.ctypes.data, data.nbytes))
+
+
+def of_rows(data: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint32]:
+    """(N,) the crc32c of the first `size` bytes of each row of `data` (N, bytes)."""
+    sums = np.empty(len(data), dtype=np.uint32)
+    _of_rows(data.ctypes.data, data.strides[0], size, sums)
+    return sums
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _of_rows(address: Any, stride: Any, size: Any, sums: Any) -> None:
+    for row in range(len(sums)):
+        sums[row] = extend(0, np.uint64(address) + np.uint64(row) * np.uint64(stride), size)

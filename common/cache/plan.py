@@ -154,7 +154,7 @@ def field_bytes(manifest: Manifest, table: SampleTable, field: Field) -> int:
     """Exact bytes of the shard files of one field."""
     layout = manifest.layout
     pages = len(table) if field.per == "sample" else int(_to_pages(table.token_count, layout.page_tokens).sum())
-    return pages * layout.page_bytes(field) + layout.shards * layout.index_bytes(field)
+    return pages * layout.page_bytes(field) + layout.shards * layout.tail_bytes(field)
 
 
 def store_bytes(manifest: Manifest, table: SampleTable) -> int:

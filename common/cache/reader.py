@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from common.cache.buffers import BatchBuffers
+from common.cache.examine import ShardFiles
 from common.cache.members import member_names, member_path
 from common.cache.pages import (
     PAGE_BYTES,
@@ -36,6 +37,7 @@ from common.cache.pages import (
 )
 from common.cache.plan import SampleTable, level_strides
 from common.cache.schema import ATTRIBUTE, CHECKSUM_BYTES, CHECKSUMS, CONSTANTS_GROUP, Field, Manifest
+from common.cache.seal import is_sealed
 from common.cache.shards import DamagedShard, LocalCopies, LocalShard, OpenShards, RemoteShard
 from common.cache.storage import Bucket, Location, locate
 from common.cache.validate import (
@@ -51,6 +53,7 @@ from common.cache.validate import (
 from common.cache.writer import finished_shards, read_skipped, read_table, shard_key
 from common.errors import UserError
 from common.records import CachedBatch
+from common.runtime import log
 from kernels.threads import Helpers
 
 READ_THREADS = 2  # more gain nothing from a page cache; from a fast disk that is not cached they may
@@ -76,7 +79,8 @@ class CorruptRecord(UserError):
 
 
 class CacheReader:
-    """A store, opened for reading. `complete` says whether every shard is there; `rows` lists what can be read.
+    """A store, opened for reading. `complete` says whether every shard is there; `rows` lists what can be read, and
+    `blank` marks the records without an image.
 
     store: a folder, or a URL such as s3://bucket/store.zarr. verify: compare checksums when this process reads a record
     for the first time (a training run reads each many times, and memory is not what breaks), always, or never.
@@ -99,10 +103,11 @@ class CacheReader:
             check_metadata(self.storage, self.manifest)
             self.table: SampleTable = read_table(self.storage, self.manifest)
             self.constants = read_constants(self.storage, self.manifest)
+            self.sealed = is_sealed(self.storage)
         skipped = read_skipped(self.storage, self.manifest.layout)
         self.finished_shards = finished_shards(self.storage, self.manifest)
         self._readable = np.repeat(self.finished_shards, self.manifest.layout.shard_samples)[: len(self.table)]
-        self.blank = np.zeros(len(self.table), dtype=bool)  # the records without an image
+        self.blank = np.zeros(len(self.table), dtype=bool)
         self.blank[skipped] = True
         self._readable &= ~self.blank
         self._verify = verify
@@ -117,11 +122,18 @@ class CacheReader:
         self._strides = functools.cache(lambda samples: strides.expand(samples, -1, -1))
         remote = isinstance(self.storage, Bucket)
         self.copies: LocalCopies | None = None
+        files = ShardFiles.of(self.manifest, self.table, self.sealed, skipped)
         if isinstance(self.storage, Bucket) and local_cache is not None:
-            self.copies = LocalCopies(self.storage, self.manifest, local_cache, local_cache_bytes)
-        self._shards = OpenShards(self.storage, self.manifest, self.table, self.copies)
+            self.copies = LocalCopies(self.storage, self.manifest, files, local_cache, local_cache_bytes)
+        self._shards = OpenShards(self.storage, files, self.copies)
         self._helpers, self._helper_count = Helpers("cache-reader"), threads - 1
         self._requests = ThreadPoolExecutor(REQUESTS, "cache-reader") if remote else None
+        if not self.sealed:
+            log.info(
+                f"{self.storage} was written before shard files were sealed: whether each is in its own place cannot be"
+                " checked; `python -m teacher_dump transcode` writes it anew, sealed"
+            )
+        self._check_blank_shards()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -205,8 +217,25 @@ class CacheReader:
             self.copies.close()
         self._shards.close()
 
+    def _check_blank_shards(self) -> None:
+        """CorruptRecord where a shard is marked as blank and is not: others are checked when they are read."""
+        layout = self.manifest.layout
+        for shard in np.setdiff1d(np.flatnonzero(self.finished_shards), self.rows() // layout.shard_samples).tolist():
+            for damage in self._shards.get([shard]):
+                if isinstance(damage, DamagedShard):
+                    raise self._corrupt(shard * layout.shard_samples, damage)
+
     def _read(self, rows: Rows, buffers: BatchBuffers) -> tuple[CachedBatch, tuple[CorruptRecord, ...]]:
-        """A batch; the records named as corrupt have no meaning in it.
+        """A batch; the records named as corrupt have no meaning in it. Damaged copies are read from the bucket."""
+        shard_samples = self.manifest.layout.shard_samples
+        while True:
+            batch, damaged = self._read_once(rows, buffers)
+            shards = {int(rows[index]) // shard_samples: damage for index, damage in damaged.items()}
+            if not any(self._shards.remove_copy(shard, damage) for shard, damage in shards.items()):
+                return batch, tuple(self._corrupt(int(rows[index]), damaged[index]) for index in sorted(damaged))
+
+    def _read_once(self, rows: Rows, buffers: BatchBuffers) -> tuple[CachedBatch, dict[int, DamagedShard]]:
+        """A batch, and what is wrong with some samples of it.
 
         Between batches no thread reads, and after reading all code is slow, for it has left the processor's caches. So
         little comes before the threads begin or after they are done; the batch is put together while they read.
@@ -242,9 +271,7 @@ class CacheReader:
         if verify:
             self._verified[np.delete(rows, list(damaged))] = True
             self._unverified = len(self._verified) - int(np.count_nonzero(self._verified))
-        if not damaged:
-            return batch, ()
-        return batch, tuple(self._corrupt(int(rows[index]), damage) for index, damage in sorted(damaged.items()))
+        return batch, damaged
 
     def _senseless(self, samples: Rows, rows: Rows, read: dict[str, Tensor]) -> dict[int, DamagedShard]:
         """Records whose numbers would be used as indices and are none: right checksums do not rule that out."""

@@ -26,6 +26,7 @@ TABLE_GROUP, CONSTANTS_GROUP = "samples", "teacher"
 SKIPPED = "skipped"  # array of a store: 1 for each sample whose image could not be decoded
 QUERY_EMBEDDINGS = "query_embeddings"  # the constant that not every teacher has
 CHECKSUM_BYTES = 4  # crc32c after every page and after the index
+SEAL_BYTES = 32  # between the pages and the index of a shard file
 INDEX_ENTRY_BYTES = 16  # offset and length of one page, as uint64
 MISSING = 2**64 - 1  # offset and length of a page that a shard does not hold
 
@@ -82,6 +83,10 @@ class Layout:
 
     def index_bytes(self, field: Field) -> int:
         return self.shard_pages(field) * INDEX_ENTRY_BYTES + CHECKSUM_BYTES
+
+    def tail_bytes(self, field: Field) -> int:
+        """Bytes of a shard file after its pages: the seal and the index."""
+        return SEAL_BYTES + self.index_bytes(field)
 
 
 @dataclass(frozen=True)

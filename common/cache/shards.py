@@ -1,7 +1,8 @@
 """Finished shards, opened for reading: local files, objects of a bucket, and local copies of those.
 
-Where a page is follows from the plan. The index at the end of a shard file says the same to any other reader of Zarr;
-it is compared with the plan once, so that damage to it does not go unnoticed.
+Where a page is follows from the plan. The index at the end of a shard file says the same to any other reader of Zarr,
+and the seal before it whose file it is: both are compared once, so that damage and files in the wrong place do not go
+unnoticed.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
 
-from common.cache.plan import SampleTable
-from common.cache.schema import CHECKSUM_BYTES, MISSING, Field, Layout, Manifest
-from common.cache.storage import Bucket, Bytes, Folder, Storage, checked
+from common.cache.examine import ShardFiles
+from common.cache.schema import CHECKSUM_BYTES, Field, Manifest
+from common.cache.storage import Bucket, Bytes, Folder, Storage, ask_again, checked
 from common.cache.writer import finished_shards, shard_key
 from common.errors import UserError
 from common.runtime import log
@@ -31,7 +33,7 @@ MOST_OPEN_FILES = 16384
 DAMAGE = (OSError, EOFError, ValueError)
 
 
-class DamagedShard(Exception):
+class DamagedShard(ValueError):
     """key: the file or object. reason: what is wrong with it."""
 
     def __init__(self, key: str, reason: str) -> None:
@@ -72,13 +74,17 @@ class RemoteShard:
     def read_pages(self, field_index: int, offset: int, page_bytes: int, into: Bytes) -> None:
         """Fetch the pages from `offset` on whose rows fill `into`, and check them. DamagedShard."""
         pages, stored_bytes = -(-len(into) // page_bytes), page_bytes + CHECKSUM_BYTES
-        try:
+
+        def read() -> None:
             data = self.bucket.read_range(self.keys[field_index], offset, pages * stored_bytes)
             if len(data) != pages * stored_bytes:
                 raise EOFError("the object ends too early")
             for page, stored in enumerate(data.reshape(pages, stored_bytes)):
                 rows = into[page * page_bytes : (page + 1) * page_bytes]
                 rows[:] = checked(stored)[: len(rows)]
+
+        try:
+            ask_again(read)
         except DAMAGE as error:
             raise DamagedShard(self.keys[field_index], str(error)) from None
 
@@ -92,10 +98,10 @@ class OpenShards:
     A shard that falls out of use is closed when the last reader lets go of it, so that no thread reads a closed file.
     """
 
-    def __init__(self, storage: Storage, manifest: Manifest, table: SampleTable, copies: LocalCopies | None) -> None:
-        self._storage, self._manifest, self._table, self._copies = storage, manifest, table, copies
-        self._fields = manifest.fields()
-        self._index_is_sound = np.zeros(manifest.layout.shards, dtype=bool)
+    def __init__(self, storage: Storage, files: ShardFiles, copies: LocalCopies | None) -> None:
+        self._storage, self._files, self._copies = storage, files, copies
+        self._fields = files.fields
+        self._tail_is_sound = np.zeros(files.layout.shards, dtype=bool)
         self._most_open = max(1, _open_file_limit() // len(self._fields))
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._lock = Lock()
@@ -104,6 +110,17 @@ class OpenShards:
         """Open shards; DamagedShard for those of which a file is missing or an index is not what it should be."""
         with self._lock:
             return [self._get(shard) for shard in shards]
+
+    def remove_copy(self, shard: int, damage: DamagedShard) -> bool:
+        """Whether it is a local copy that is damaged: it is given up, and the shard is read from the bucket."""
+        with self._lock:
+            if self._copies is None or not self._copies.has(shard):
+                return False
+            log.warning(f"{self._copies.folder}/{damage}; this copy is removed, and fetched again")
+            self._copies.remove(shard)
+            self._open.pop(shard, None)
+            self._tail_is_sound[shard] = False
+            return True
 
     def close(self) -> None:
         with self._lock:
@@ -133,57 +150,50 @@ class OpenShards:
             opened = RemoteShard(self._storage, keys)
             if self._copies is not None:
                 self._copies.fetch(shard)
-        if not self._index_is_sound[shard]:
+        if not self._tail_is_sound[shard]:
             for index in range(len(self._fields)):
-                self._check_index(opened, shard, index)
-            self._index_is_sound[shard] = True
+                self._check_tail(opened, shard, index)
+            self._tail_is_sound[shard] = True
         return opened
 
-    def _check_index(self, opened: OpenShard, shard: int, field_index: int) -> None:
-        field, layout = self._fields[field_index], self._manifest.layout
+    def _check_tail(self, opened: OpenShard, shard: int, field_index: int) -> None:
+        field = self._fields[field_index]
+        key = shard_key(field, shard)
+
+        def check() -> None:
+            tail = opened.read_tail(field_index, self._files.layout.tail_bytes(field))
+            for damage in self._files.examine_tail(key, tail, field, shard):
+                raise DamagedShard(damage.key, damage.reason)
+
         try:
-            tail = opened.read_tail(field_index, layout.index_bytes(field))
-            if len(tail) < layout.index_bytes(field):
-                raise EOFError("the file ends before its index")
-            if not np.array_equal(checked(tail), expected_index(layout, self._table, field, shard)):
-                raise ValueError("it does not agree with the sample table")
-        except DAMAGE as error:
-            raise DamagedShard(shard_key(field, shard), f"its index cannot be used: {error}") from None
-
-
-def expected_index(layout: Layout, table: SampleTable, field: Field, shard: int) -> Bytes:
-    """The index of a shard file without its checksum: pages side by side from the file's first byte on."""
-    last = min(layout.samples, (shard + 1) * layout.shard_samples) - 1
-    if field.per == "sample":
-        pages = last + 1 - shard * layout.shard_samples
-    else:
-        end = int(table.token_offset[last]) + int(table.token_count[last]) - shard * layout.shard_tokens
-        pages = -(-end // layout.page_tokens)
-    index = np.full((layout.shard_pages(field), 2), MISSING, dtype="<u8")
-    index[:pages, 0] = np.arange(pages, dtype=np.uint64) * np.uint64(layout.page_bytes(field))
-    index[:pages, 1] = layout.page_bytes(field)
-    return index.reshape(-1).view(np.uint8)
+            ask_again(check)
+        except (OSError, EOFError) as error:
+            raise DamagedShard(key, str(error)) from None
 
 
 class LocalCopies:
     """A folder that holds copies of a bucket's shards, fetched behind the reader for the epochs to come.
 
-    A shard is fetched whole when it is first asked for; until it is there it is read from the bucket. The folder fills
-    up to `most_bytes` and then stays as it is: epochs visit every shard alike, so evicting one for another gains
-    nothing. Several processes, also later ones, can share a folder: files appear whole, by renaming.
+    A shard is fetched whole when it is first asked for, and checked, all of it, before its files are shown; until it is
+    there it is read from the bucket. The folder fills up to `most_bytes` and then stays as it is: epochs visit every
+    shard alike, so evicting one for another gains nothing. Several processes, also later ones, can share a folder:
+    files appear whole, by renaming.
     """
 
-    def __init__(self, bucket: Bucket, manifest: Manifest, folder: Path, most_bytes: int | None) -> None:
+    def __init__(
+        self, bucket: Bucket, manifest: Manifest, files: ShardFiles, folder: Path, most_bytes: int | None
+    ) -> None:
         identity = json.dumps([bucket.url, manifest.to_json()], sort_keys=True)
         self.folder = Folder(folder / hashlib.sha256(identity.encode()).hexdigest()[:16])
-        self._bucket, self._fields, self._most_bytes = bucket, manifest.fields(), most_bytes
+        self._bucket, self._files, self._most_bytes = bucket, files, most_bytes
         # At most; only the last pages of a token field's shard may never be written.
-        layout = manifest.layout
+        layout = files.layout
         self._shard_bytes = sum(
-            layout.shard_pages(f) * layout.page_bytes(f) + layout.index_bytes(f) for f in self._fields
+            layout.shard_pages(f) * layout.page_bytes(f) + layout.tail_bytes(f) for f in files.fields
         )
         self._whole = set(np.flatnonzero(finished_shards(self.folder, manifest)).tolist())
         self._asked: dict[int, Future[None]] = {}
+        self._removed: set[int] = set()
         self._full = False
         self._pool = ThreadPoolExecutor(1, "local-copies")
 
@@ -194,6 +204,16 @@ class LocalCopies:
         """Begin to copy a shard, unless that has been asked for or there is no room."""
         if shard not in self._asked and not self._full:
             self._asked[shard] = self._pool.submit(self._copy, shard)
+
+    def remove(self, shard: int) -> None:
+        """Give up the copy of a shard, which is damaged. The first time it is fetched again when it is asked for."""
+        self._whole.discard(shard)
+        for field in self._files.fields:
+            with suppress(OSError):  # a folder that cannot be written to is not used for this shard any more
+                self.folder.remove(shard_key(field, shard))
+        if shard not in self._removed:
+            self._removed.add(shard)
+            self._asked.pop(shard, None)
 
     def wait(self) -> None:
         """Return when all copies asked for are there, or given up."""
@@ -208,16 +228,25 @@ class LocalCopies:
             self._full = True
             return
         try:
-            for field in self._fields:
-                key = shard_key(field, shard)
-                if not self.folder.exists(key):
-                    self._bucket.download(key, self.folder.root / key)
+            for field in self._files.fields:
+                self._copy_file(field, shard)
             self._whole.add(shard)
+        except (UserError, FileNotFoundError, DamagedShard) as error:
+            log.warning(f"shard {shard} was not copied to {self.folder}: {error}")
         except OSError as error:
             log.warning(f"{self.folder} takes no more copies of shards: {error.strerror or error}")
             self._full = True
-        except UserError as error:
-            log.warning(f"shard {shard} was not copied to {self.folder}: {error}")
+
+    def _copy_file(self, field: Field, shard: int) -> None:
+        key = shard_key(field, shard)
+
+        def check(arrived: Path) -> None:
+            here = arrived.relative_to(self.folder.root).as_posix()
+            for damage in self._files.examine(self.folder, here, field, shard):
+                raise DamagedShard(f"{self._bucket}/{key}", f"it arrives damaged: {damage.reason}")
+
+        if not self.folder.exists(key):
+            ask_again(lambda: self._bucket.download(key, self.folder.root / key, check))
 
     def _used_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.folder.root.rglob("*") if path.is_file())

@@ -35,9 +35,14 @@ LONGEST_PAUSE_S = 10.0
 WAITING_S = 30.0  # for an answer, before asking again
 TRY_AGAIN = (408, 429)  # the answers "timeout" and "too many requests" of HTTP
 UNSATISFIABLE_RANGE = 416
+ARRIVALS = 3  # damaged ones of the same bytes, after which these are taken to be damaged where they lie
 
 Bytes = npt.NDArray[np.uint8]
 Result = TypeVar("Result")
+
+
+class OutOfReach(UserError):
+    """A bucket did not answer for as long as RETRY_S."""
 
 
 class NewFile(Protocol):
@@ -125,17 +130,13 @@ class Folder:
         existing = next(parent for parent in (self.root, *self.root.absolute().parents) if parent.exists())
         return shutil.disk_usage(existing).free
 
-    def zarr_store(self) -> Any:
-        """What zarr-python opens."""
-        return self.root
-
 
 class _NewLocalFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = path.with_name(f"{path.name}{TEMPORARY}-{os.getpid()}")
-        self._file = self._partial.open("wb", buffering=0)
+        self.partial = path.with_name(f"{path.name}{TEMPORARY}-{os.getpid()}")
+        self._file = self.partial.open("wb", buffering=0)
 
     def write(self, buffers: Sequence[Bytes]) -> None:
         limit = os.sysconf("SC_IOV_MAX")
@@ -143,14 +144,14 @@ class _NewLocalFile:
             part = buffers[start : start + limit]
             left = sum(len(buffer) for buffer in part) - os.writev(self._file.fileno(), part)
             if left:  # a disk that fills up writes less than asked before it fails
-                raise OSError(f"{self._partial}: {left} bytes could not be written; is the disk full?")
+                raise OSError(f"{self.partial}: {left} bytes could not be written; is the disk full?")
 
     def finish(self) -> None:
         os.fsync(self._file.fileno())
         self._file.close()
 
     def publish(self) -> None:
-        self._partial.rename(self._path)
+        self.partial.rename(self._path)
 
     def settle(self) -> None:
         folder = os.open(self._path.parent, os.O_RDONLY)
@@ -161,15 +162,15 @@ class _NewLocalFile:
 
     def discard(self) -> None:
         self._file.close()
-        self._partial.unlink(missing_ok=True)
+        self.partial.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class Bucket:
     """A store under a prefix of an object store.
 
-    Calls that find the network broken are repeated for RETRY_S seconds, with growing pauses; then, or where the bucket
-    refuses, UserError.
+    Calls that find the network broken are repeated for RETRY_S seconds, with growing pauses; then OutOfReach. Where the
+    bucket refuses, UserError.
     """
 
     url: str
@@ -206,15 +207,19 @@ class Bucket:
             lambda obstore: np.frombuffer(obstore.get_range(self.client, key, start=start, length=size), dtype=np.uint8)
         )
 
-    def download(self, key: str, path: Path) -> None:
-        """Copy an object to a local file, which appears when it is whole. FileNotFoundError."""
+    def download(self, key: str, path: Path, check: Callable[[Path], None]) -> None:
+        """Copy an object to a local file, which appears when it is whole and `check`, given another path to it, raises
+        nothing. FileNotFoundError."""
 
         def copy(obstore: Any) -> None:
             file = _NewLocalFile(path)
             try:
                 for chunk in obstore.get(self.client, key).stream(min_chunk_size=2**22):
                     file.write([np.frombuffer(chunk, dtype=np.uint8)])
-                publish_all([file])
+                file.finish()
+                check(file.partial)
+                file.publish()
+                file.settle()
             finally:
                 file.discard()
 
@@ -269,11 +274,6 @@ class Bucket:
     def free_bytes(self) -> int | None:
         return None
 
-    def zarr_store(self) -> Any:
-        from zarr.storage import ObjectStore
-
-        return ObjectStore(self.client, read_only=True)
-
     def _list(self, folder: str) -> Any:
         return self._call(lambda obstore: obstore.list_with_delimiter(self.client, f"{folder}/" if folder else None))
 
@@ -296,7 +296,7 @@ class Bucket:
                         " bucket, and that AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY may read and write it"
                     ) from None
                 if time.monotonic() + pause_s > give_up_s:
-                    raise UserError(
+                    raise OutOfReach(
                         f"{self.url}: the object store was out of reach for {RETRY_S:.0f} s ({_reason(error)}); check"
                         " the network and AWS_ENDPOINT_URL, then run the same command again: it goes on where it"
                         " stopped"
@@ -359,6 +359,20 @@ def _open_bucket(url: str) -> Bucket:
             f"{url}: expected a URL such as s3://bucket/store.zarr, found one that {_reason(error)}"
         ) from None
     return Bucket(url, client)
+
+
+def read_checked(storage: Storage, key: str) -> Bytes:
+    """What stands before the crc32c at the end of a file. OSError if it is missing, ValueError if it is damaged."""
+    return ask_again(lambda: checked(storage.view(key)))
+
+
+def ask_again(ask: Callable[[], Result]) -> Result:
+    """What `ask` returns. It raises ValueError or EOFError where what it fetched is damaged: that may have happened on
+    the way."""
+    for _ in range(ARRIVALS - 1):
+        with suppress(ValueError, EOFError):
+            return ask()
+    return ask()
 
 
 def checked(data: Bytes) -> Bytes:

@@ -28,7 +28,7 @@ from common.cache.schema import (
     Layout,
     Manifest,
 )
-from common.cache.storage import Storage, checked
+from common.cache.storage import Storage, read_checked
 from common.errors import UserError
 from common.records import ImageEntry
 
@@ -235,7 +235,7 @@ def read_array(storage: Storage, name: str, shape: tuple[int, ...], dtype: str) 
     shape, dtype: what the format says of it; the file's own word is not taken. OSError if it is missing, ValueError if
     it is damaged or of another size.
     """
-    content = checked(storage.view("/".join([name, "c", *("0" for _ in shape)])))
+    content = read_checked(storage, "/".join([name, "c", *("0" for _ in shape)]))
     stored = np.dtype(dtype).newbyteorder("<")
     expected = int(np.prod(shape, dtype=object)) * stored.itemsize
     _check(len(content) == expected, f"{name}: expected {expected} bytes, found {len(content)}")

@@ -1,8 +1,9 @@
 """Creating a store and writing its shards, each whole and all at once.
 
 A shard of a field is streamed to a temporary file beside its final place: pages in row order, each followed by its
-crc32c, then the index. When all fields of the shard are on disk they are renamed into place. A killed process leaves
-at most temporary files, which the next one removes; a shard counts as written when every field's file is there.
+crc32c, then its seal and the index. When all fields of the shard are on disk they are renamed into place. A killed
+process leaves at most temporary files, which the next one removes; a shard counts as written when every field's file is
+there.
 In a bucket a shard is assembled in memory (about SHARD_BYTES; twice that while the one before is on its way) and put.
 """
 
@@ -31,8 +32,9 @@ from common.cache.schema import (
     Layout,
     Manifest,
 )
+from common.cache.seal import SEALED, Owner, Seal, field_sum, owners, pages_sum
 from common.cache.storage import TEMPORARY as TEMPORARY
-from common.cache.storage import Location, NewFile, Storage, checked, locate, publish_all
+from common.cache.storage import Location, NewFile, Storage, locate, publish_all, read_checked
 from common.cache.validate import check_constants, check_manifest, check_table, manifest_checksum, read_array
 from common.errors import UserError
 
@@ -40,12 +42,18 @@ Record = Mapping[str, npt.NDArray[Any]]
 
 
 def create_store(
-    store: Location, manifest: Manifest, plan: Plan, constants: Mapping[str, npt.NDArray[np.float32]]
+    store: Location,
+    manifest: Manifest,
+    plan: Plan,
+    constants: Mapping[str, npt.NDArray[np.float32]],
+    *,
+    sealed: bool = True,
 ) -> None:
     """Write everything of a store but its shards; the store appears all at once.
 
-    constants: what the teacher has once and not per sample, such as its query embeddings. UserError where they or the
-    plan are such that no reader would take them.
+    constants: what the teacher has once and not per sample, such as its query embeddings. sealed: False where shard
+    files of an older store, which have no seals, are to be shared. UserError where constants or plan are such that no
+    reader would take them.
     """
     try:
         check_manifest(manifest)
@@ -77,7 +85,7 @@ def create_store(
             compressors=[Crc32cCodec()],
             fill_value=0,
         )
-        group.attrs[CHECKSUMS] = metadata_checksums(folder, manifest)
+        group.update_attributes({CHECKSUMS: metadata_checksums(folder, manifest)} | ({SEALED: True} if sealed else {}))
 
     locate(store).create(build)
 
@@ -142,11 +150,12 @@ def finished_shards(store: Location, manifest: Manifest) -> npt.NDArray[np.bool_
 class ShardWriter:
     """Writes one shard of every field: `add` the shard's records in store order, then `commit`.
 
-    When anything fails, nothing of the shard remains.
+    When anything fails, nothing of the shard remains. table: the store's.
     """
 
-    def __init__(self, store: Location, manifest: Manifest, shard: int) -> None:
+    def __init__(self, store: Location, manifest: Manifest, table: SampleTable, shard: int) -> None:
         self._storage, self._shard, self._layout = locate(store), shard, manifest.layout
+        self._manifest, self._table = manifest, table
         self._files: dict[Field, _ShardFile] = {}
         try:
             for field in manifest.fields():
@@ -176,7 +185,8 @@ class ShardWriter:
             if self._missing:
                 raise ValueError(f"{self._missing} records of the shard were not added")
             self._note_skipped(skipped)
-            publish_all([file.finished() for file in self._files.values()])
+            owner = owners(self._manifest, self._table, skipped)(self._shard)
+            publish_all([file.finished(owner) for file in self._files.values()])
         except BaseException:
             self.discard()
             raise
@@ -208,6 +218,7 @@ class _ShardFile:
         self._file, self._field, self._page_rows = file, field, layout.page_rows(field)
         self._index = np.full((layout.shard_pages(field), 2), MISSING, dtype="<u8")
         self._page_bytes, self._pages = layout.page_bytes(field), 0
+        self._sums = np.zeros(layout.shard_pages(field), dtype=np.uint32)
         self.discard = file.discard
 
     def append(self, rows: npt.NDArray[Any]) -> None:
@@ -220,18 +231,20 @@ class _ShardFile:
         rows = np.ascontiguousarray(rows, dtype=np.dtype(field.dtype).newbyteorder("<"))
         if padding:
             rows = np.concatenate([rows, np.zeros((padding, *field.row_shape), dtype=rows.dtype)])
-        self._file.write(
-            [part for page in rows.reshape(-1).view(np.uint8).reshape(pages, -1) for part in (page, checksum(page))]
-        )
+        contents = rows.reshape(-1).view(np.uint8).reshape(pages, -1)
+        sums = [checksum(page) for page in contents]
+        self._file.write([part for page in zip(contents, sums, strict=True) for part in page])
+        self._sums[self._pages : self._pages + pages] = np.concatenate(sums).view("<u4")
         index = self._index[self._pages : self._pages + pages]
         index[:, 1] = self._page_bytes
         index[:, 0] = np.arange(self._pages, self._pages + pages) * self._page_bytes
         self._pages += pages
 
-    def finished(self) -> NewFile:
-        """The file, with its index."""
+    def finished(self, owner: Owner) -> NewFile:
+        """The file, with its seal and its index."""
+        seal = Seal(owner, field_sum(self._field), pages_sum(self._sums[: self._pages]))
         index = self._index.reshape(-1).view(np.uint8)
-        self._file.write([index, checksum(index)])
+        self._file.write([seal.to_bytes(), index, checksum(index)])
         return self._file
 
 
@@ -268,27 +281,25 @@ def read_table(store: Location, manifest: Manifest) -> SampleTable:
 
 def read_skipped(store: Location, layout: Layout) -> npt.NDArray[np.intp]:
     """Rows without a teacher's answer, because their images could not be decoded. UserError if that is damaged."""
-    storage = locate(store)
-    rows = [np.empty(0, dtype=np.intp)]
-    for shard in marked_shards(storage):
-        try:
-            rows.append(read_marks(storage, layout, shard))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{storage}/{SKIPPED}/c/{shard}: {error}; `python -m teacher_dump repair {storage}` mends it"
-            ) from None
-    return np.sort(np.concatenate(rows))
-
-
-def marked_shards(storage: Storage) -> list[int]:
-    """The shards of which a chunk of `skipped` is there."""
-    return [int(name) for name in storage.names(f"{SKIPPED}/c") if re.fullmatch("[0-9]{1,10}", name)]
-
-
-def read_marks(storage: Storage, layout: Layout, shard: int) -> npt.NDArray[np.intp]:
-    """The rows that the chunk of a shard marks as skipped. OSError or ValueError if it is damaged."""
-    marks = checked(storage.view(f"{SKIPPED}/c/{shard}"))
-    rows = shard * layout.shard_samples + np.flatnonzero(marks)
-    if len(marks) != layout.shard_samples or (rows >= layout.samples).any():
-        raise ValueError("it does not have one mark for each sample of a shard")
+    rows, damaged = examine_skipped(store, layout)
+    for shard, reason in damaged.items():
+        raise UserError(
+            f"{locate(store)}/{SKIPPED}/c/{shard}: {reason}; `python -m teacher_dump repair {locate(store)}` mends it"
+        )
     return rows
+
+
+def examine_skipped(store: Location, layout: Layout) -> tuple[npt.NDArray[np.intp], dict[int, str]]:
+    """The rows of `read_skipped` that can be read, and by shard what is wrong with the others."""
+    storage = locate(store)
+    rows, damaged = [np.empty(0, dtype=np.intp)], {}
+    for shard in sorted(int(name) for name in storage.names(f"{SKIPPED}/c") if re.fullmatch("[0-9]{1,10}", name)):
+        try:
+            marks = read_checked(storage, f"{SKIPPED}/c/{shard}")
+            blank = shard * layout.shard_samples + np.flatnonzero(marks)
+            if len(marks) != layout.shard_samples or (blank >= layout.samples).any():
+                raise ValueError("it does not have a mark for each sample of a shard")
+            rows.append(blank)
+        except (OSError, ValueError) as error:
+            damaged[shard] = str(error)
+    return np.concatenate(rows), damaged

@@ -78,7 +78,7 @@ def make_record(manifest: Manifest, plan: Plan, row: int) -> Record:
 def write_store(store: Path, manifest: Manifest, plan: Plan) -> None:
     create_store(store, manifest, plan, plain_constants(manifest))
     for shard in range(manifest.layout.shards):
-        writer = ShardWriter(store, manifest, shard)
+        writer = ShardWriter(store, manifest, plan.table, shard)
         first = shard * manifest.layout.shard_samples
         last = min(first + manifest.layout.shard_samples, len(plan.table))
         writer.add(make_record(manifest, plan, row) for row in range(first, last))

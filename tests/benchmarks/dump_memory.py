@@ -57,7 +57,7 @@ def watch():
 
 watcher = threading.Thread(target=watch)
 watcher.start()
-write_shards(out, manifest, range(manifest.layout.shards), batches_of)
+write_shards(out, manifest, plan, range(manifest.layout.shards), batches_of)
 ended.set()
 watcher.join()
 size = store_bytes(manifest, plan.table)
