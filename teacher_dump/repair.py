@@ -10,7 +10,7 @@ from common.runtime import log, read_ranks
 from teacher_dump.config import RepairConfig
 from teacher_dump.dump import write_missing
 from teacher_dump.job import job_of_store
-from teacher_dump.store import locked_store
+from teacher_dump.store import locked_store, write_errors
 from teacher_dump.verify import examine, report
 
 
@@ -25,7 +25,7 @@ def run_repair(config: RepairConfig) -> None:
             f"{config.store} cannot be repaired: what is damaged is needed to read any of it; dump it again"
         )
     job = job_of_store(config.store, config.source, same_software=True)
-    with locked_store(config.store):
+    with locked_store(config.store), write_errors(config.store):
         for shard in findings.bad_shards:
             locate(config.store).remove(f"{SKIPPED}/c/{shard}")
             for field in job.manifest.fields():

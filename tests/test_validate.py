@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.cache.members import create_group
 from common.cache.plan import token_offsets
 from common.cache.reader import CacheReader, CorruptRecord
 from common.cache.schema import ATTRIBUTE, CodecInfo
 from common.cache.validate import check_manifest, check_record, check_table
 from common.cache.writer import create_store
 from common.errors import UserError
+from student_train.teachers import open_teachers
 from tests.benchmarks.cache_stores import plain_constants
 from tests.crafted_stores import make_stores, manifest_of, outcome, rewrite_rows, summed, train, write_checksums
 from tests.dump_cases import command
@@ -262,6 +264,22 @@ def test_training_compares_store_and_data(stores: Path, store: Path, capsys: pyt
     change(store, "augmentation", lambda rows: rows.put(3, 65))  # the height of the first crop, of an image of 64
     assert train(store, stores / "scenes") == 2
     assert "augmentation: expected crops inside their images" in capsys.readouterr().err
+
+
+def test_teachers_of_other_views(stores: Path, tmp_path: Path) -> None:
+    """Two teachers whose manifests agree: taken together, and refused when one's table mirrors another sample."""
+    pair = tmp_path / "pair.zarr"
+    create_group(pair)
+    for kind in ("int4", "half"):
+        shutil.copytree(stores / f"{kind}.zarr", pair / kind)
+    open_teachers(str(pair), None).close()
+
+    def mirrored(rows: Numbers) -> None:
+        rows[2, 0] = 1 - rows[2, 0]
+
+    change(pair / "int4", "augmentation", mirrored)
+    with pytest.raises(UserError, match="found int4 with another augmentation than half"):
+        open_teachers(str(pair), None)
 
 
 @pytest.mark.parametrize("number", CRAFTED)

@@ -161,7 +161,9 @@ def check_record(field: Field, rows: Array, tokens: int) -> None:
     rows: the sample's, (S, ...) of a token field and row_shape of a sample field. tokens: T, all of its grids.
     """
     name = field.name
-    if rows.dtype.kind == "f":
+    if rows.dtype == np.float16:  # no exponent of ones; numpy's isfinite takes twenty times as long
+        _check(int((rows.view(np.uint16) & 0x7FFF).max(initial=0)) < 0x7C00, f"{name}: expected finite numbers")
+    elif rows.dtype.kind == "f":
         _check(bool(np.isfinite(rows).all()), f"{name}: expected finite numbers")
     if name.endswith(("quality", "weights", "scales")):
         _check(bool((rows >= 0).all()), f"{name}: expected numbers of 0 and above")
