@@ -107,8 +107,8 @@ def scale_of_nan(store: Path) -> None:
 @pytest.mark.parametrize(
     ("craft", "message"),
     [
-        (negative_count, "token_count: expected at least 1"),
-        (too_many_tokens, "token_count: expected at least 1"),
+        (negative_count, "token_count: expected the share keep_tokens"),
+        (too_many_tokens, "token_count: expected the share keep_tokens"),
         (object_dtype, "samples/image_id/zarr.json: expected data_type int64, found object"),
         (offset_elsewhere, "token_offset: expected page by page, found otherwise in 1 rows, the first is 3"),
         (other_grids, "level_shapes: expected the grids"),

@@ -107,10 +107,7 @@ def lay_out(
     """Give samples that are drawn and in order, as the columns of a SampleTable, their places in a store."""
     tokens = level_shapes.prod(axis=2, dtype=np.int64).sum(axis=1)
     page = _page_tokens(tokens, keep_tokens)
-    kept = tokens
-    if keep_tokens < 1:  # whole pages, so that sampled records need no padding
-        kept = np.minimum(tokens, np.maximum(1, np.rint(tokens * keep_tokens / page)).astype(np.int64) * page)
-
+    kept = token_counts(tokens, keep_tokens, page)
     shard_samples = _shard_samples(len(image_id), float(kept.mean()) * token_bytes + sample_bytes, group)
     pages = _to_pages(kept, page)
     shard_pages = int((_page_in_shard(pages, shard_samples) + pages).max())
@@ -134,6 +131,13 @@ def grids(
     if input_size is not None:  # the teacher resizes every sample, so that all have the same grids
         sizes = np.full_like(sizes, input_size)
     return np.stack([-(-sizes // stride) for stride in strides], axis=1)
+
+
+def token_counts(tokens: npt.NDArray[np.int64], keep_tokens: float, page: int) -> npt.NDArray[np.int64]:
+    """How many tokens (N,) samples of so many keep: whole pages, so that sampled records need no padding."""
+    if keep_tokens == 1:
+        return tokens
+    return np.minimum(tokens, np.maximum(1, np.rint(tokens * keep_tokens / page)).astype(np.int64) * page)
 
 
 def token_offsets(token_count: Integers, layout: Layout) -> npt.NDArray[np.int64]:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.cache import crc32c
-from common.cache.plan import SampleTable, grids, token_offsets
+from common.cache.plan import SampleTable, grids, token_counts, token_offsets
 from common.cache.schema import (
     CHECKSUMS,
     CONSTANTS_GROUP,
@@ -124,11 +124,8 @@ def check_table(manifest: Manifest, table: SampleTable) -> None:
     right = (table.level_shapes == expected).reshape(len(table), -1).all(axis=1)
     _check_rows(right, "level_shapes: expected the grids of the sample's size")
     tokens = (table.level_shapes[..., 0].astype(np.int64) * table.level_shapes[..., 1]).sum(axis=1)
-    every = tokens if manifest.codec.keep_tokens == 1 else 1  # of a store of all tokens, no other number will do
-    _check_rows(
-        (table.token_count >= every) & (table.token_count <= tokens),
-        "token_count: expected at least 1 and no more than the grids have, or all of these",
-    )
+    kept = token_counts(tokens, manifest.codec.keep_tokens, layout.page_tokens)
+    _check_rows(table.token_count == kept, "token_count: expected the share keep_tokens of the grids")
     most_bytes = int(table.token_count.max()) * manifest.row_bytes("token") + manifest.row_bytes("sample")
     _check_range("the bytes of the largest record", most_bytes, 1, MAX_RECORD_BYTES)
     _check_rows(table.token_offset == token_offsets(table.token_count, layout), "token_offset: expected page by page")
