@@ -22,9 +22,10 @@ from numba.extending import intrinsic
 
 from kernels.jit import inlined, jit
 
-_TAKEN, _DONE, _ALL = 0, 1, 2  # units, counted
+_TAKEN, _DONE, _ALL, _FAILED = 0, 1, 2, 3  # units, counted; threads that met an error
 
-_Job = tuple[Callable[..., object], tuple[Any, ...]]
+_Tell = Callable[[Exception], object]
+_Job = tuple[Callable[..., object], tuple[Any, ...], "_Tell | None"]
 
 _sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
 
@@ -43,26 +44,27 @@ class Helpers:
         self._process, self._count, self._jobs = os.getpid(), 0, SimpleQueue[_Job | None]()
         self.stop = weakref.finalize(self, self._jobs.put, None)
 
-    def start(self, count: int, function: Callable[..., object], *arguments: Any) -> None:
-        """Have `count` threads call the function, when each has the time. Its errors are not told: the caller has to do
-        the same work, until none is left, and meets them himself."""
+    def start(self, count: int, function: Callable[..., object], *arguments: Any, tell: _Tell | None = None) -> None:
+        """Have `count` threads call the function, when each has the time. Its errors go to `tell`; without one, the
+        caller does the same work, until none is left, and meets them himself."""
         if self._process != os.getpid():
             self._begin()
         for _ in range(self._count, count):
             Thread(target=_work, args=(self._jobs,), name=self._name, daemon=True).start()
         self._count = max(self._count, count)
         for _ in range(count):
-            self._jobs.put((function, arguments))
+            self._jobs.put((function, arguments, tell))
 
 
 def _work(jobs: SimpleQueue[_Job | None]) -> None:
     while (job := jobs.get()) is not None:
-        function, arguments = job
-        try:  # noqa: SIM105 - a context manager would take longer
+        function, arguments, tell = job
+        try:
             function(*arguments)
-        except Exception:
-            pass
-        del job, function, arguments  # memory that others may wait for, before the next job comes
+        except Exception as error:
+            if tell is not None:
+                tell(error)
+        del job, function, arguments, tell  # memory that others may wait for, before the next job comes
     jobs.put(None)  # for the other threads
 
 
@@ -76,13 +78,22 @@ def parallel(kernel: Callable[..., None], units: int, *arguments: Any, last: int
     gives none. Units must write to disjoint memory. Nobody waits for a thread that comes too late to find one: it may
     take milliseconds to wake up, or to get the GIL for its call. The caller does the `last` units alone: where these
     take some microseconds, the other threads have given back the GIL when he needs it.
+
+    Raises what the kernel raised, on whichever thread; what is to be written is then incomplete.
     """
     threads = min(torch.get_num_threads(), units)
-    counters = np.array([0, 0, units])
-    HELPERS.start(threads - 1, kernel, (counters, units - last), *arguments)
+    counters, errors = np.array([0, 0, units, 0]), list[Exception]()
+
+    def tell(error: Exception) -> None:  # the unit that the thread had taken will never be done
+        errors.append(error)
+        counters[_FAILED] = 1
+
+    HELPERS.start(threads - 1, kernel, (counters, units - last), *arguments, tell=tell)
     kernel((counters, units), *arguments)
     if threads > 1:
         _wait(counters)
+    if errors:
+        raise errors[0]
 
 
 def _add(context: Any, counters: Any, index: Any, amount: Any) -> Any:
@@ -115,5 +126,5 @@ def finish(progress):  # type: ignore[no-untyped-def]
 
 @jit()
 def _wait(counters):  # type: ignore[no-untyped-def]
-    while counters[_DONE] < counters[_ALL]:  # the others are at their last units
+    while counters[_DONE] < counters[_ALL] and not counters[_FAILED]:  # the others are at their last units
         _sched_yield()

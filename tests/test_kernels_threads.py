@@ -98,6 +98,32 @@ def test_a_helping_threads_error_is_the_callers_to_meet() -> None:
     assert (units == 1).all()
 
 
+def test_a_thread_that_fails_with_a_unit_in_hand_is_not_waited_for() -> None:
+    """A helping thread takes a unit and raises: `parallel` raises its error when the others are done, within a minute,
+    instead of waiting for that unit without end."""
+    torch.set_num_threads(2)
+    caller, taken, met = threading.current_thread, threading.Event(), list[BaseException]()
+
+    def kernel(progress: Any, done: Any) -> None:
+        if caller().name != "caller":
+            take(progress)
+            taken.set()
+            raise MemoryError("no memory for a sum")
+        assert taken.wait(20)
+        _count(progress, done)
+
+    def call() -> None:
+        try:
+            parallel(kernel, 5, np.zeros(5, np.int64))
+        except BaseException as error:
+            met.append(error)
+
+    thread = threading.Thread(target=call, name="caller", daemon=True)
+    thread.start()
+    thread.join(60)
+    assert [str(error) for error in met] == ["no memory for a sum"]
+
+
 @pytest.mark.parametrize("stopped", [True, False])
 def test_helping_threads_end_and_hold_nothing(stopped: bool) -> None:
     """They let go of their arguments after the work, and are gone when stopped or when nobody holds the helpers."""

@@ -11,12 +11,13 @@ from __future__ import annotations
 import platform
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
+
+from kernels.jit import inlined, jit
 
 POLYNOMIAL = 0x82F63B78  # Castagnoli's, bits reversed
 LANE_WORDS = 128
@@ -74,12 +75,12 @@ def _instruction(typing_context: Any, crc: Any, word: Any) -> Any:
     return types.uint64(types.uint64, types.uint64), generate
 
 
-@numba.njit(nogil=True, inline="always")  # type: ignore[untyped-decorator]
+@inlined()
 def step_by_instruction(crc: Any, word: Any) -> Any:
     return _instruction(crc, word)  # type: ignore[call-arg]
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@inlined()
 def step_by_tables(crc: Any, word: Any) -> Any:
     word ^= crc
     crc = np.uint64(0)
@@ -92,7 +93,7 @@ HAS_INSTRUCTION = platform.machine() in ("x86_64", "AMD64") and binding.get_host
 _step = step_by_instruction if HAS_INSTRUCTION else step_by_tables
 
 
-@numba.njit(nogil=True, inline="always")  # type: ignore[untyped-decorator]
+@inlined()
 def _shift(tables: npt.NDArray[np.uint64], crc: Any) -> Any:
     low, high = np.uint64(255), np.uint64(8)
     return (
@@ -103,7 +104,7 @@ def _shift(tables: npt.NDArray[np.uint64], crc: Any) -> Any:
     )
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@jit()
 def extend(crc: Any, address: Any, size: Any) -> Any:
     """The crc32c of some bytes whose own is `crc`, followed by the `size` bytes at `address`."""
     crc, here, left = np.uint64(crc) ^ np.uint64(0xFFFFFFFF), np.uint64(address), np.int64(size)

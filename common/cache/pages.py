@@ -15,13 +15,13 @@ import os
 import time
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
 from numba import types
 
 from common.cache import crc32c
 from common.cache.schema import CHECKSUM_BYTES
+from kernels.jit import inlined, jit
 from kernels.threads import add
 
 GROUP_BYTES = 2**17  # a piece: read at once and checked before the next, in a core's second-level cache
@@ -44,7 +44,7 @@ _advised = types.int32(types.int32, types.int64, types.int64, types.int32)
 _posix_fadvise: Any = (
     types.ExternalFunction("posix_fadvise", _advised)
     if hasattr(os, "posix_fadvise")
-    else numba.njit(lambda file, at, size, advice: 0)  # macOS reads without it
+    else inlined()(lambda file, at, size, advice: 0)  # macOS reads without it
 )
 _sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
 
@@ -75,9 +75,9 @@ class Placement(NamedTuple):
 class Pieces(NamedTuple):
     """The samples of a batch to be read, cut into pieces that threads take one after another until none is left.
 
-    samples: (N,) which of the batch. files: (N, files of a shard) int32 descriptors. progress: (3,), how many pieces
-    were taken, how many of them are done, and how many threads found one slow. found: (N, F), WHOLE, ENDS_EARLY or
-    CHANGED.
+    samples: (N,) which of the batch. files: (N, files of a shard) int32 descriptors. progress: (4,), how many pieces
+    were taken, how many of them are done, how many threads found one slow, and whether one met an error. found: (N, F),
+    WHOLE, ENDS_EARLY or CHANGED.
     """
 
     samples: Integers
@@ -86,7 +86,7 @@ class Pieces(NamedTuple):
     found: npt.NDArray[np.int8]
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@jit()
 def place_samples(
     rows: Any, token_count: Any, token_offset: Any, shard_samples: int, shard_tokens: int, page_tokens: int
 ) -> Any:
@@ -102,7 +102,7 @@ def place_samples(
     return samples
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@jit()
 def count_up(offsets: Any, into: Any) -> None:
     """into[offsets[i] : offsets[i + 1]] = 0, 1, 2, ... for all i."""
     for i in range(len(offsets) - 1):
@@ -133,7 +133,7 @@ def memory_at(address: int, size: int) -> npt.NDArray[np.uint8]:
     return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@jit()
 def _range_of(samples: Any, fields: Any, address: Any, sample: Any, field: Any) -> Any:
     first_page, first_row, rows = samples[ROW, sample], sample, 1
     if fields[PER_TOKEN, field]:
@@ -143,7 +143,7 @@ def _range_of(samples: Any, fields: Any, address: Any, sample: Any, field: Any) 
     return offset, address[field] + first_row * row_bytes, rows * row_bytes
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@jit()
 def _read_scattered(
     file: Any, at: Any, page: Any, pages: Any, into: Any, size: Any, aside: Any, buffers: Any, verify: bool
 ) -> Any:
@@ -172,7 +172,7 @@ def _read_scattered(
     return WHOLE
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@jit()
 def _read_stripped(file: Any, at: Any, page: Any, pages: Any, into: Any, size: Any, aside: Any, verify: bool) -> Any:
     """The same for small pages, of which the kernel would handle each buffer for longer than a copy takes."""
     stride, source = page + CHECKSUM_BYTES, np.int64(aside.ctypes.data)
@@ -187,14 +187,14 @@ def _read_stripped(file: Any, at: Any, page: Any, pages: Any, into: Any, size: A
     return WHOLE
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@jit()
 def _now_ns(clock: Any) -> Any:
     """clock: (2,) int64, memory for C's struct timespec."""
     _clock_gettime(np.int32(MONOTONIC), np.uint64(clock.ctypes.data))
     return clock[0] * 1_000_000_000 + clock[1]
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@jit()
 def _ask_for(samples: Any, fields: Any, address: Any, chosen: Any, files: Any, first: int) -> None:
     """Have the kernel fetch the samples from `first` on, all at once: a disk is faster with many requests to choose
     from than with one of each thread."""
@@ -206,7 +206,7 @@ def _ask_for(samples: Any, fields: Any, address: Any, chosen: Any, files: Any, f
             _posix_fadvise(files[i, fields[FILE, field]], at, stored, np.int32(WILL_NEED))
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@jit()
 def _read_pieces(
     samples: Any,
     fields: Any,
@@ -250,6 +250,6 @@ def _read_pieces(
                 at, into, left = at + pages * (page + CHECKSUM_BYTES), into + size, left - size
                 remaining -= size
                 piece += 1
-    while leave_bytes == 0 and progress[1] < piece:  # the others are at their last pieces
+    while leave_bytes == 0 and progress[1] < piece and progress[3] == 0:  # the others are at their last pieces
         _sched_yield()
     return not found.any()

@@ -298,13 +298,22 @@ class CacheReader:
         descriptors = b"".join([shard.descriptors for shard in local.values()])
         files = np.frombuffer(descriptors, np.int32).reshape(len(local), -1)
         found = np.zeros((len(local), len(self.fields)), np.int8)
-        pieces = Pieces(np.array(list(local)), files, np.zeros(3, np.int64), found)
-        self._helpers.start(self._helper_count, read_pieces, placement, pieces, 1, verify)
+        pieces = Pieces(np.array(list(local)), files, np.zeros(4, np.int64), found)
+        errors: list[Exception] = []
+
+        def tell(error: Exception) -> None:  # nobody will do the piece that the thread had taken
+            errors.append(error)
+            pieces.progress[3] = 1
+
+        self._helpers.start(self._helper_count, read_pieces, placement, pieces, 1, verify, tell=tell)
         if self._helper_count:
             read_pieces(placement, pieces, LEFT_BYTES, verify)
 
         def finish() -> dict[int, DamagedShard]:
-            if read_pieces(placement, pieces, 0, verify):
+            whole = read_pieces(placement, pieces, 0, verify)
+            if errors:
+                raise errors[0]
+            if whole:
                 return {}
             damaged = {}
             for i, f in np.argwhere(found).tolist():
