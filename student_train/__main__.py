@@ -26,7 +26,6 @@ from student_train.config import (
 from student_train.evaluate import average_precision, class_table, detect_split, saved_policy
 from student_train.export import export as write_export
 from student_train.interruption import Interrupted
-from student_train.picture import draw_detections
 from student_train.run_folder import check_free_of_runs, record_evaluation
 from student_train.sweep import sweep as run_sweep
 
@@ -99,6 +98,8 @@ def compare(arguments: list[str]) -> None:
 def picture(arguments: list[str]) -> None:
     """Draw what some checkpoints find in some images."""
     config = parse(PictureConfig, arguments, "python -m student_train picture")
+    from student_train.picture import draw_detections  # matplotlib takes its time, and a folder for its fonts
+
     start_logging()
     device = choose_device(config.device)
     annotations = load_annotations(config.data, config.split, config.image_folder).decoded_by(PixelRule(config.exif))

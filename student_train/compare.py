@@ -10,13 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
-
 from common.errors import UserError
 from student_train.run_folder import METRICS, RUN
-
-matplotlib.use("agg")  # files only, no display needed
 
 COLUMNS = ("AP", "AP50", "APs", "APm", "APl")
 _KEYS = ("ap", "ap50", "ap_small", "ap_medium", "ap_large")
@@ -78,6 +73,8 @@ def table(runs: Sequence[Run]) -> str:
 
 def draw_curves(runs: Sequence[Run], path: Path) -> None:
     """AP of every evaluation, and each kind of loss as it was weighted, smoothed over a fiftieth of the steps."""
+    from matplotlib.figure import Figure
+
     kinds = list(dict.fromkeys(name for run in runs for name in run.loss_names))
     columns = min(3, 1 + len(kinds))
     rows = -(-(1 + len(kinds)) // columns)

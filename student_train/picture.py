@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
@@ -16,7 +15,6 @@ from common.coco import Annotations
 from common.evaluate import Result
 from common.images import load_entry
 
-matplotlib.use("agg")  # files only, no display needed
 CELL_INCHES = 2.4
 
 
