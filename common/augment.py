@@ -82,11 +82,6 @@ def flip_policy(side: int) -> AugmentPolicy:
     return AugmentPolicy(name=f"flip_{side}", flip_probability=0.5, short_sides=(side,), max_long_side=side)
 
 
-def fixed_policy(side: int) -> AugmentPolicy:
-    """Images made to fit into side x side pixels: the evaluation transform of small trials."""
-    return AugmentPolicy(name=f"fixed_{side}", flip_probability=0.0, short_sides=(side,), max_long_side=side)
-
-
 def policy_of_sizes(sizes: tuple[int, ...] | None) -> AugmentPolicy:
     """The training policy of `--sizes`: TRAIN_POLICY without them; else mirrored half of the time, and no crops.
 

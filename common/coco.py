@@ -75,10 +75,6 @@ class Annotations:
         """The same with another rule for their images."""
         return replace(self, rule=rule)
 
-    def only_annotated(self) -> Annotations:
-        """The same without the images that have no box to learn from."""
-        return replace(self, entries=tuple(entry for entry in self.entries if len(entry.labels)))
-
 
 def load_annotations(data: Path, split: str, image_folder: Path | None = None) -> Annotations:
     """Read data/annotations/instances_<split>.json, of images in `image_folder`, by default data/<split>.

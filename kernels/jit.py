@@ -22,7 +22,7 @@ def jit(*liberties: str) -> Callable[[Callable[..., Any]], Any]:
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        compiled = numba.njit(nogil=True, error_model="numpy", fastmath=set(liberties))(function)
+        compiled: Any = numba.njit(nogil=True, error_model="numpy", fastmath=set(liberties))(function)
         try:
             compiled._cache = _KeptCode(function)  # as its enable_caching does
         except RuntimeError:
@@ -32,7 +32,10 @@ def jit(*liberties: str) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
-class _KeptCode(FunctionCache):  # type: ignore[misc]
+_FunctionCache: Any = FunctionCache  # untyped
+
+
+class _KeptCode(_FunctionCache):  # type: ignore[misc]
     """numba's files of compiled code, which a full disk or a damaged file must not turn into an error.
 
     RuntimeError where no folder can be written.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -58,13 +57,6 @@ def rank_share(order: Indices, step: int, batch_size: int, ranks: Ranks) -> Indi
 def micro_batches(share: Indices, parts: int) -> list[Indices]:
     """A rank's share of a step in up to `parts` parts, none of them empty."""
     return np.array_split(share, min(parts, len(share)))
-
-
-def padding_share(sizes: Sizes, batches: Sequence[Indices]) -> float:
-    """The share of padding in the pixels of these batches of samples of `sizes` (N, 2)."""
-    sides = [-(-sizes[batch].max(axis=0) // PADDING_MULTIPLE) * PADDING_MULTIPLE for batch in batches]
-    padded = sum(len(batch) * int(height) * int(width) for batch, (height, width) in zip(batches, sides, strict=True))
-    return 1 - sum(int(sizes[batch].prod(axis=1, dtype=np.int64).sum()) for batch in batches) / padded
 
 
 def _shuffled(count: int, seed: int, epoch: int, stream: int) -> Indices:

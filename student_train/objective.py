@@ -24,17 +24,6 @@ Losses = dict[str, Tensor]
 LessonLosses = tuple[Lesson, Losses]
 
 
-def losses_of(
-    student: StudentOutput,
-    targets: list[Targets],
-    lessons: Sequence[Lesson],
-    options: DistillationOptions,
-    counts: Sequence[StepCounts] = (),
-) -> Losses:
-    """The weighted losses, whose sum is minimised: `separate_losses` added up."""
-    return add_up(*separate_losses(student, targets, lessons, options, counts))
-
-
 def add_up(own: Losses, taught: Sequence[LessonLosses]) -> Losses:
     """By name, over all teachers."""
     losses: Losses = {}

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 
-import deformable_cases
-import feature_loss_cases
 import pytest
 import torch
-from deformable_cases import SHAPES, relative_error
 from torch import Tensor
 
 from kernels import cached_feature_loss, deformable_attention, feature_loss_triton
+from tests import deformable_cases, feature_loss_cases
+from tests.deformable_cases import SHAPES, relative_error
 
 
 def _attend(name: str, tensors: tuple[Tensor, ...], backend: str) -> list[Tensor]:

@@ -25,7 +25,7 @@ from common.augment import (
     apply_image,
     draw,
     draw_many,
-    fixed_policy,
+    evaluation_policy,
     flip_policy,
 )
 from common.coco import load_annotations
@@ -172,7 +172,7 @@ def test_small_policies() -> None:
         Augmentation(False, 0, 0, 128, 128, 128, 128),
         Augmentation(True, 0, 0, 128, 128, 128, 128),
     }
-    assert draw(0, 1, 0, 200, 100, fixed_policy(128)) == Augmentation(False, 0, 0, 100, 200, 64, 128)
+    assert draw(0, 1, 0, 200, 100, evaluation_policy(flip_policy(128))) == Augmentation(False, 0, 0, 100, 200, 64, 128)
 
 
 @pytest.mark.parametrize("policy", [TRAIN_POLICY, EVAL_POLICY, flip_policy(96)])

@@ -17,13 +17,13 @@ from student_train.checkpoint import checkpoints, load_checkpoint
 from student_train.config import DistillationOptions, LossWeights, SpeedOptions, TrainConfig
 from student_train.feed import TrainingStep
 from student_train.model import StudentOutput
-from student_train.objective import Losses, losses_of
+from student_train.objective import Losses
 from student_train.prepare import prepare_data, prepare_feed
 from student_train.step import Training, agree, train_step
 from student_train.step_counts import StepCounts
 from student_train.tracking import scalars
 from tests.training_cases import PLAIN as NO_LOSSES
-from tests.training_cases import configuration, make_store, run_ranks, steps_of
+from tests.training_cases import configuration, losses_of, make_store, run_ranks, steps_of
 
 CPU = torch.device("cpu")
 WEIGHTS = {"logits": 2.0, "features": 3.0, "assignment": 0.5, "fgd": 0.25}

@@ -46,7 +46,7 @@ from common.cache.writer import (
     create_store,
     finished_shards,
     remove_partial,
-    shard_path,
+    shard_key,
 )
 from common.errors import UserError
 from common.records import ImageEntry
@@ -194,7 +194,7 @@ def test_every_flipped_byte_is_noticed(written: Written) -> None:
     store, manifest, plan, _ = written
     generator = np.random.default_rng(5)
     for field in manifest.fields():
-        path = shard_path(store, field, 1)
+        path = store / shard_key(field, 1)
         original = path.read_bytes()
         for position in (0, len(original) - 1, len(original) - 5, *generator.integers(0, len(original), 5)):
             damaged = bytearray(original)
@@ -216,7 +216,7 @@ def test_unfinished_store_gives_only_finished_shards(tmp_path: Path) -> None:
     manifest, plan = make_store_inputs(CodecInfo("fp16", 1.0))
     store = tmp_path / "store.zarr"
     write_all(store, manifest, plan)
-    shard_path(store, manifest.fields()[-1], 2).unlink()
+    (store / shard_key(manifest.fields()[-1], 2)).unlink()
     reader = CacheReader(store)
     first = 2 * manifest.layout.shard_samples
     gone = set(range(first, first + manifest.layout.shard_samples))

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from dump_cases import command, draw_scenes, dump
 
 from common.cache.codec import decode_logits, decode_tokens
 from common.cache.reader import CacheReader
 from teacher_dump.encode import read_statistics
+from tests.dump_cases import command, draw_scenes, dump
 
 Array = npt.NDArray[Any]
 

@@ -19,7 +19,7 @@ from common.cache import pages
 from common.cache.buffers import BatchBuffers
 from common.cache.reader import CacheReader
 from common.cache.schema import CHECKSUM_BYTES, CodecInfo, Field
-from common.cache.writer import shard_path
+from common.cache.writer import shard_key
 from tests.benchmarks.cache_stores import make_inputs, make_record, write_store
 
 SAMPLES = 24
@@ -98,7 +98,7 @@ def test_a_slow_read_asks_for_the_rest_of_the_batch(store: Path) -> None:
     page_bytes = layout.page_bytes(field) - CHECKSUM_BYTES
     fields = np.array([[1], [field.row_bytes], [page_bytes], [0]])
     placement = pages.Placement(samples, fields, np.zeros(1, np.int64))
-    files = [os.open(shard_path(store, field, row // layout.shard_samples), os.O_RDONLY) for row in rows]
+    files = [os.open(store / shard_key(field, row // layout.shard_samples), os.O_RDONLY) for row in rows]
 
     def in_memory(index: int) -> bool:
         offset, _, size = placement.range_of(index, 0)

@@ -87,7 +87,6 @@ def test_the_index_is_sorted_and_keeps_images_without_boxes(tmp_path: Path) -> N
     assert {(entry.boxes_xyxy_px.dtype, entry.labels.dtype) for entry in annotations.entries} == {
         (np.dtype("float32"), np.dtype("int64"))
     }
-    assert [entry.image_id for entry in annotations.only_annotated().entries] == [4, 9]
     assert (annotations.category_ids, annotations.class_names) == ((13, 90), ("stop sign", "toothbrush"))
     data = annotations.annotation_file.read_bytes()
     assert annotations.sha256 == hashlib.sha256(data).hexdigest()
@@ -96,7 +95,6 @@ def test_the_index_is_sorted_and_keeps_images_without_boxes(tmp_path: Path) -> N
 def test_an_image_list_without_annotations_is_an_index_of_empty_images(tmp_path: Path) -> None:
     annotations = load_annotations(write(tmp_path, small_json() | {"annotations": []}), "train")
     assert [len(entry.labels) for entry in annotations.entries] == [0, 0, 0]
-    assert annotations.only_annotated().entries == ()
 
 
 @pytest.mark.parametrize(

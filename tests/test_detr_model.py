@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import detr_oracle
 import pytest
 import torch
 import torchvision
@@ -16,6 +15,7 @@ from common.detr.detector import Decoded, DeformableDetr, QueryGroup
 from common.detr.recipe import parameter_groups
 from common.detr.weights import load_backbone
 from common.errors import UserError
+from tests import detr_oracle
 
 SMALL = DetectorConfig(
     "tiny", 5, width=32, encoder_layers=2, decoder_layers=3, heads=4, queries=7, levels=4, feedforward=48, dropout=0.0
@@ -117,7 +117,7 @@ def test_padding_pixels_do_not_matter(model):
 
 def test_embeddings_of_another_width():
     encoded = DeformableDetr(SMALL).encode(*detr_oracle.padded_batch())
-    with pytest.raises(UserError, match=r"expected query embeddings of 2 x 32 channels; found 10"):
+    with pytest.raises(ValueError, match=r"expected query embeddings of 2 x 32 channels; found 10"):
         DeformableDetr(SMALL).decode(encoded, torch.zeros(3, 10))
 
 
@@ -126,7 +126,7 @@ def test_two_stage_needs_enough_tokens_and_references():
     with pytest.raises(UserError, match="expected at least queries=50 tokens"):
         model(torch.zeros(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.bool))
     encoded = model.encode(*detr_oracle.padded_batch())
-    with pytest.raises(UserError, match="expected reference points"):
+    with pytest.raises(ValueError, match="expected reference points"):
         model.decode(encoded, torch.zeros(3, 64))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import detr_oracle
 import pytest
 import torch
 
 from common.detr.detector import DeformableDetr
 from common.detr.weights import load_detector
+from tests import detr_oracle
 
 pytest.importorskip("transformers")
 pytest.importorskip("timm")

@@ -9,7 +9,6 @@ import pathlib
 import re
 from collections.abc import Iterator
 
-import detr_oracle
 import numpy as np
 import pytest
 import torch
@@ -22,6 +21,7 @@ from common.detr.config import DetectorConfig
 from common.detr.detector import DeformableDetr
 from common.detr.weights import export_state, load_detector, save_detector
 from common.errors import UserError
+from tests import detr_oracle
 
 SMALL = DetectorConfig(
     "resnet18", 11, width=64, encoder_layers=2, decoder_layers=3, heads=8, queries=12, levels=4, feedforward=96

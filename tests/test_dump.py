@@ -11,7 +11,6 @@ import numpy.typing as npt
 import pytest
 import torch
 import zarr
-from dump_cases import TEACHER, command, draw_scenes, dump, same_bytes
 
 from common.augment import TRAIN_POLICY, apply_boxes, apply_image
 from common.cache.plan import field_bytes, make_plan
@@ -22,6 +21,7 @@ from common.images import load_image
 from common.records import ImageEntry, Targets
 from teacher_dump.job import augmentation_of
 from teacher_dump.teachers import load_teacher
+from tests.dump_cases import TEACHER, command, draw_scenes, dump, same_bytes
 
 Floats = npt.NDArray[np.float32]
 

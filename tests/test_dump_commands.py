@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dump_cases import TEACHER, command, contents, draw_scenes, dump, same_bytes, swap, unseal
 from PIL import Image
 
 from common.cache.reader import CacheReader
+from tests.dump_cases import TEACHER, command, contents, draw_scenes, dump, same_bytes, swap, unseal
 
 LOSSLESS = ("--preset", "half", "--tokens", "fp32", "--views", "2")
 

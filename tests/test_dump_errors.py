@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from dump_cases import TEACHER, command, contents, draw_scenes, dump, same_bytes
 
 from common.detr.presets import PRESETS
 from common.detr.weights import save_detector
+from tests.dump_cases import TEACHER, command, contents, draw_scenes, dump, same_bytes
 
 Mend = Callable[[Path], None]
 

@@ -16,10 +16,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from dump_cases import OPTIONS, draw_scenes, dump, run_in_child, same_bytes
 
 from common.cache.reader import read_manifest
 from common.cache.writer import finished_shards
+from tests.dump_cases import OPTIONS, draw_scenes, dump, run_in_child, same_bytes
 
 KILLS = 20
 MORE = ("--tokens", "int8", "--keep-tokens", "0.5", "--views", "2")

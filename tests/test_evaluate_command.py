@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import detr_oracle
 import pytest
 import torch
 
@@ -19,6 +18,7 @@ from common.errors import UserError
 from common.synthetic import draw_data_set
 from student_train.__main__ import evaluate, export
 from student_train.compare import read_run, table
+from tests import detr_oracle
 
 
 @pytest.fixture(scope="module")

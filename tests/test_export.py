@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import detr_oracle
 import numpy as np
 import pytest
 import torch
@@ -27,6 +26,7 @@ from common.images import collate, load_image, normalise
 from common.records import Augmentation, Batch, ImageEntry, Targets
 from common.synthetic import draw_data_set
 from student_train.__main__ import export
+from tests import detr_oracle
 
 CATEGORIES = Categories((3, 7, 900), ("cat", "dog", "owl"))
 SMALL = DetectorConfig(

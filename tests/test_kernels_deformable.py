@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from deformable_cases import SHAPES, Shape, inputs, relative_error
 from torch import Tensor
 
 from kernels import backends, deformable, deformable_attention
+from tests.deformable_cases import SHAPES, Shape, inputs, relative_error
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from feature_loss_cases import CASES, inputs
 
 from kernels import cached_feature_loss, feature_loss
 from kernels.feature_loss_reference import decode_tokens
+from tests.feature_loss_cases import CASES, inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 CODES = torch.zeros(14, 3, dtype=torch.uint8)

@@ -57,6 +57,8 @@ def test_nothing_can_be_written(tmp_path: Path) -> None:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where numba keeps what these tests compile."""
     monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(jit.log, "handlers", [])  # where a command set them up
+    monkeypatch.setattr(jit.log, "propagate", True)
     jit._say_that_nothing_is_kept.cache_clear()
     yield tmp_path
     jit._say_that_nothing_is_kept.cache_clear()

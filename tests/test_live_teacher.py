@@ -36,13 +36,13 @@ from student_train.config import (
 from student_train.feed import CachedViews, replay
 from student_train.live import live_targets
 from student_train.model import StudentInTraining
-from student_train.objective import losses_of
 from student_train.prepare import Data, prepare_data, prepare_live, prepare_student
 from student_train.teachers import Lesson
 from teacher_dump.config import DataOptions as DumpDataOptions
 from teacher_dump.config import DumpConfig, StoreOptions, TeacherOptions
 from teacher_dump.dump import run_dump
 from tests.fgd_oracle import fgd_directly, maps_of
+from tests.training_cases import losses_of
 
 STEPS = 20
 SIDES = (64, 80, 96)  # so that samples of a batch are padded

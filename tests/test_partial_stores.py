@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dump_cases import TEACHER, command, draw_scenes, dump
 from safetensors.numpy import load_file
 
 from common.cache.reader import CacheReader
@@ -21,6 +20,7 @@ from student_train import loop, selection
 from student_train.config import TrainConfig
 from student_train.feed import CachedViews
 from student_train.prepare import prepare_data
+from tests.dump_cases import TEACHER, command, draw_scenes, dump
 from tests.training_cases import PLAIN, configuration, make_store, run_ranks, steps_of
 
 SHARD_SAMPLES, SHARDS = 4, 5  # of ten images in two views

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dump_cases import command, contents, draw_scenes, dump
 from PIL import Image, ImageOps
 
 from common.augment import draw
@@ -25,6 +24,7 @@ from common.pixel_rule import PixelRule, rule_of_store
 from common.runtime import log
 from student_train.evaluate import saved_policy
 from student_train.feed import Sample, replay
+from tests.dump_cases import command, contents, draw_scenes, dump
 
 ORIENTATION = 0x0112
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)  # 30 wide, 20 high

@@ -9,7 +9,6 @@ from pathlib import Path
 import google_crc32c
 import pytest
 import torch
-from dump_cases import SIDE, command, contents, draw_scenes, same_bytes, swap, unseal
 
 from common.cache import reader as reader_module
 from common.cache.reader import CacheReader, CorruptRecord
@@ -18,6 +17,7 @@ from common.detr.presets import PRESETS
 from common.detr.weights import save_detector
 from common.errors import UserError
 from student_train import loop
+from tests.dump_cases import SIDE, command, contents, draw_scenes, same_bytes, swap, unseal
 from tests.training_cases import configuration
 
 OPTIONS = ("--tokens", "int8", "--neck", "--views", "2", "--skip-broken")

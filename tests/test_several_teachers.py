@@ -273,7 +273,8 @@ def losses_in_epochs(config: TrainConfig, student: torch.nn.Module, choice: str,
     --teachers, for the student with both teachers' bridges."""
     from common.images import collate
     from student_train.feed import CachedViews, replay
-    from student_train.objective import losses_of, needed_fields
+    from student_train.objective import needed_fields
+    from tests.training_cases import losses_of
 
     data = prepare_data(config.data)
     assert data.teachers is not None

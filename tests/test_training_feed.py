@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +15,14 @@ from common.augment import TRAIN_POLICY, apply_boxes, apply_image, draw, draw_ma
 from common.cache.reader import CacheReader
 from common.coco import load_annotations
 from common.errors import UserError
-from common.images import load_image, normalise
+from common.images import PADDING_MULTIPLE, load_image, normalise
 from common.runtime import Ranks
 from student_train.batching import (
+    Indices,
+    Sizes,
     epoch_order,
     group_by_size,
     micro_batches,
-    padding_share,
     rank_share,
     steps_per_epoch,
 )
@@ -103,6 +105,13 @@ def test_ranks_and_parts_share_every_step() -> None:
             assert all(len(part) for part in [*shares, *parts])
             whole = rank_share(order, step, batch_size, Ranks()).tolist()
             assert np.concatenate(shares).tolist() == np.concatenate(parts).tolist() == whole
+
+
+def padding_share(sizes: Sizes, batches: Sequence[Indices]) -> float:
+    """The share of padding in the pixels of these batches of samples of `sizes` (N, 2)."""
+    sides = [-(-sizes[batch].max(axis=0) // PADDING_MULTIPLE) * PADDING_MULTIPLE for batch in batches]
+    padded = sum(len(batch) * int(height) * int(width) for batch, (height, width) in zip(batches, sides, strict=True))
+    return 1 - sum(int(sizes[batch].prod(axis=1, dtype=np.int64).sum()) for batch in batches) / padded
 
 
 def test_grouping_by_size_saves_padding() -> None:

@@ -15,8 +15,6 @@ from PIL import Image
 
 pytest.importorskip("transformers", reason="needs the extra: pip install 'detrcache[transformers]'")
 
-from tiny_transformers import BUILDERS, LAYERS, QUERIES, build, deformable_detr, detr, stir
-
 from common.cache.reader import CacheReader
 from common.categories import Categories, from_transformers, match_outputs
 from common.coco import Annotations, load_annotations
@@ -43,6 +41,7 @@ from teacher_dump.transformers_teacher import (
     read_preprocessing,
     sigmoid_logits,
 )
+from tests.tiny_transformers import BUILDERS, LAYERS, QUERIES, build, deformable_detr, detr, stir
 
 CLASSES = 80
 SIDE = 128  # of the samples

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from common.detr.detector import DeformableDetr
 from common.detr.presets import PRESETS
 from common.detr.weights import save_detector
+from common.records import Targets
 from common.synthetic import draw_data_set
 from student_train.__main__ import main
 from student_train.config import (
@@ -27,6 +28,10 @@ from student_train.config import (
     OutputOptions,
     TrainConfig,
 )
+from student_train.model import StudentOutput
+from student_train.objective import Losses, add_up, separate_losses
+from student_train.step_counts import StepCounts
+from student_train.teachers import Lesson
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 IMAGES, SIDE = 10, 64
@@ -78,6 +83,17 @@ def wait_for_steps(run: Path, steps: int) -> None:
     while not (run / "metrics.jsonl").is_file() or len(steps_of(run)) < steps:
         assert time.monotonic() < begun + 120
         time.sleep(0.02)
+
+
+def losses_of(
+    student: StudentOutput,
+    targets: list[Targets],
+    lessons: Sequence[Lesson],
+    options: DistillationOptions,
+    counts: Sequence[StepCounts] = (),
+) -> Losses:
+    """The weighted losses, whose sum is minimised: `separate_losses` added up."""
+    return add_up(*separate_losses(student, targets, lessons, options, counts))
 
 
 def start_process(function: Callable[..., None], *arguments: Any, rank: int = 0, ranks: int = 1, port: int = 0) -> Any:

@@ -139,7 +139,7 @@ def of_rows(data: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint32]:
     return sums
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@jit()
 def _of_rows(address: Any, stride: Any, size: Any, sums: Any) -> None:
     for row in range(len(sums)):
         sums[row] = extend(0, np.uint64(address) + np.uint64(row) * np.uint64(stride), size)

@@ -111,7 +111,7 @@ def count_up(offsets: Any, into: Any) -> None:
             part[position] = np.int32(position)
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@jit()
 def find_misplaced(offsets: Any, positions: Any, tokens: Any, misplaced: Any) -> None:
     """misplaced[i] = True where positions[offsets[i] : offsets[i + 1]] do not ascend within 0 .. tokens[i] - 1."""
     for i in range(len(offsets) - 1):

@@ -33,7 +33,6 @@ from common.cache.schema import (
     Manifest,
 )
 from common.cache.seal import SEALED, Owner, Seal, field_sum, owners, pages_sum
-from common.cache.storage import TEMPORARY as TEMPORARY
 from common.cache.storage import Location, NewFile, Storage, locate, publish_all, read_checked
 from common.cache.validate import check_constants, check_manifest, check_table, manifest_checksum, read_array
 from common.errors import UserError
@@ -126,11 +125,6 @@ def _create_field(group: zarr.Group, field: Field, layout: Layout) -> None:
 def shard_key(field: Field, shard: int) -> str:
     """Where Zarr's default chunk key encoding, with dots, puts a shard: only the first dimension is cut."""
     return f"{field.name}/{_shard_name(field, shard)}"
-
-
-def shard_path(store: Path, field: Field, shard: int) -> Path:
-    """The file of one shard of one field, of a store in the file system."""
-    return store / shard_key(field, shard)
 
 
 def _shard_name(field: Field, shard: int) -> str:

@@ -14,7 +14,6 @@ from common.detr.decoder import Decoded, Decoder, Queries
 from common.detr.encoder import Encoder, Neck, level_masks, valid_share
 from common.detr.positions import token_encoding
 from common.detr.two_stage import Proposer
-from common.errors import UserError
 from common.records import DetectorOutput, LevelShapes
 
 __all__ = ["Decoded", "DeformableDetr", "DetectorConfig", "Encoded", "QueryGroup"]
@@ -141,7 +140,7 @@ class DeformableDetr(nn.Module):
 
     def _foreign(self, encoded: Encoded, group: QueryGroup) -> Queries:
         if group.embeddings.shape[-1] != 2 * self.config.width:
-            raise UserError(
+            raise ValueError(
                 f"expected query embeddings of 2 x {self.config.width} channels; found {group.embeddings.shape[-1]}: "
                 f"project them to this model's width first"
             )
@@ -150,5 +149,7 @@ class DeformableDetr(nn.Module):
         if group.reference is not None:
             return Queries(content, position, group.reference)
         if self.reference_points is None:
-            raise UserError("expected reference points with queries for a two-stage model; found none: pass QueryGroup")
+            raise ValueError(
+                "expected reference points with queries for a two-stage model; found none: pass QueryGroup"
+            )
         return Queries(content, position, self.reference_points(position).float().sigmoid())

@@ -25,7 +25,7 @@ from common.cache.buffers import BatchBuffers
 from common.cache.plan import Plan
 from common.cache.reader import CacheReader
 from common.cache.schema import CodecInfo, Manifest
-from common.cache.writer import create_store, shard_path
+from common.cache.writer import create_store, shard_key
 from tests.benchmarks import Case
 from tests.benchmarks.cache_stores import make_inputs, make_record, plain_constants, write_store
 
@@ -164,7 +164,7 @@ class Records:
             for field in manifest.fields():
                 file = files.setdefault((field.name, shard), -1)
                 if file < 0:
-                    file = files[field.name, shard] = os.open(shard_path(self.store, field, shard), os.O_RDONLY)
+                    file = files[field.name, shard] = os.open(self.store / shard_key(field, shard), os.O_RDONLY)
                 first, pages = row_in_shard, 1
                 if field.per == "token":
                     first = (int(table.token_offset[row]) - shard * layout.shard_tokens) // layout.page_tokens
@@ -336,7 +336,7 @@ def make_empty_store(store: Path, manifest: Manifest, plan: Plan) -> None:
     create_store(store, manifest, plan, plain_constants(manifest))
     for field in manifest.fields():
         for shard in range(manifest.layout.shards):
-            shard_path(store, field, shard).touch()
+            (store / shard_key(field, shard)).touch()
 
 
 def _opening(store: Path) -> Case:

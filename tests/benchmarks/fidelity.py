@@ -45,12 +45,12 @@ from student_train.config import DataOptions, DistillationOptions, ModelOptions,
 from student_train.feature_loss import align, feature_loss
 from student_train.feed import CachedViews, replay
 from student_train.model import StudentInTraining, StudentOutput
-from student_train.objective import losses_of
 from student_train.prepare import prepare_data, prepare_student
 from student_train.teachers import Lesson
 from teacher_dump import config as dumping
 from teacher_dump.dump import run_dump
 from teacher_dump.encode import CALIBRATION_SAMPLES, calibration_of
+from tests.training_cases import losses_of
 
 Floats = npt.NDArray[np.float32]
 Constants = dict[int, Decoding]

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from student_train.config import ModelOptions, OptimisationOptions
-from student_train.objective import losses_of
 from student_train.prepare import prepare_data, prepare_student
 from student_train.teachers import Lesson
 from teacher_dump.config import DataOptions
 from tests.benchmarks.fidelity import BATCH, Setting, batches, errors
 from tests.results import ARMS, STARTS, TEACHER, Item
+from tests.training_cases import losses_of
 
 KINDS = ("detection", "logits", "assignment", "features")
 

@@ -33,8 +33,8 @@ from common.teacher import detector_info
 from student_train.config import DistillationOptions
 from student_train.live import LiveTeacher
 from student_train.model import Bridge, StudentInTraining
-from student_train.objective import losses_of
 from student_train.teachers import Lesson
+from tests.training_cases import losses_of
 
 CLASSES, BOXES, SIZE = 80, 7, (480, 640)
 OPTIONS = {
