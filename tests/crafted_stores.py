@@ -38,7 +38,7 @@ from common.cache.members import member_names
 from common.cache.plan import token_offsets
 from common.cache.reader import CacheReader
 from common.cache.schema import ATTRIBUTE, CHECKSUMS, MISSING, Manifest
-from common.cache.writer import finished_shards, shard_path
+from common.cache.writer import finished_shards, shard_key
 from common.errors import UserError
 from tests.dump_cases import TEACHER, command, draw_scenes, dump
 from tests.training_cases import PROCESSES
@@ -282,7 +282,7 @@ def rewrite_rows(store: Path, name: str, shard: int, alter: Callable[[Array], No
     """Alter the rows of every page of a shard file, (rows of a page, ...), and sum them up again."""
     manifest = manifest_of(store)
     layout, field = manifest.layout, next(field for field in manifest.fields() if field.name == name)
-    path, page_bytes = shard_path(store, field, shard), layout.page_bytes(field)
+    path, page_bytes = store / shard_key(field, shard), layout.page_bytes(field)
     content = bytearray(path.read_bytes())
     index = np.frombuffer(content[-layout.index_bytes(field) : -4], "<u8").reshape(-1, 2)
     for page in range(int((index[:, 0] != MISSING).sum())):
@@ -297,7 +297,7 @@ def change_shard_file(store: Path, chance: random.Random) -> str:
     """Another length, or another index with a right checksum."""
     manifest = manifest_of(store)
     field = chance.choice(manifest.fields())
-    path = shard_path(store, field, chance.randrange(manifest.layout.shards))
+    path = store / shard_key(field, chance.randrange(manifest.layout.shards))
     content, index_bytes = path.read_bytes(), manifest.layout.index_bytes(field)
     what = chance.randrange(4)
     if what == 0:
