@@ -7,6 +7,7 @@ two apart, except for squares, half turns and mirrored images.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,6 +21,7 @@ from common.runtime import log
 Exif = Literal["auto", "apply", "ignore"]
 Size = tuple[int, int]  # width, height
 
+_SAYING = threading.Lock()
 UPRIGHT = 1
 SIDEWAYS = (5, 6, 7, 8)  # shown with width and height exchanged
 _TURNS = {  # EXIF orientation -> what shows the picture upright (CIPA DC-008, orientation)
@@ -84,9 +86,10 @@ class PixelRule:
         return [f"{len(names)} images {what}" for names, what in counts if len(names) > 1]
 
     def _say(self, names: set[str], name: str, line: str) -> None:
-        if not names:
-            log.warning(line)
-        names.add(name)
+        with _SAYING:  # several threads decode
+            if not names:
+                log.warning(line)
+            names.add(name)
 
 
 def rule_of_store(store: object, written: Exif | None, wanted: Exif | None) -> PixelRule:

@@ -55,7 +55,12 @@ def evaluate(arguments: list[str]) -> None:
         log.info(line)
     policy = saved_policy(config.checkpoint, config.sizes)
     results = detect_split(
-        detector.to(device), annotations, policy, batch_size=config.batch_size, workers=config.workers
+        detector.to(device),
+        annotations,
+        policy,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        name=str(config.checkpoint),
     )
     for line in annotations.rule.report():
         log.warning(line)
@@ -112,7 +117,7 @@ def picture(arguments: list[str]) -> None:
             log.info(f"{checkpoint}: {line}")
         policy = saved_policy(checkpoint, config.sizes)
         name = checkpoint.parent.name or checkpoint.name
-        results[name] = detect_split(detector.to(device), shown, policy, batch_size=1, workers=1)
+        results[name] = detect_split(detector.to(device), shown, policy, batch_size=1, workers=1, name=str(checkpoint))
     draw_detections(shown, results, config.out, config.min_score)
     print(f"picture: {config.out}")
 

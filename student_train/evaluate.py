@@ -20,6 +20,7 @@ from common.augment import AugmentPolicy, draw, evaluation_policy, policy_of_siz
 from common.coco import Annotations
 from common.detr.detector import DeformableDetr
 from common.evaluate import CocoMetrics, Result, coco_ap, coco_results, detect, ground_truth, shown_names
+from common.finite import check_finite
 from common.images import collate
 from common.records import Batch
 from common.runtime import Ranks
@@ -48,11 +49,13 @@ def detect_split(
     batch_size: int,
     workers: int,
     ranks: Ranks | None = None,
+    name: str = "the student",
 ) -> list[Result]:
     """Detections in every image of the split, in COCO's results format, in the original images' pixels.
 
     detector: of the split's K classes. policy: how images are resized; those of similar size share a batch. Each rank
     takes its share of the batches and gets the results of all. The detector is put back into the mode it came in.
+    UserError, with its name, where it gives NaN or infinity, which have no AP.
     """
     ranks = ranks or Ranks()
     device = next(detector.parameters()).device
@@ -77,6 +80,8 @@ def detect_split(
             batch = batch_to(batch, device)
             output = detector(batch.images, batch.padding_mask)
             logits, boxes_cxcywh = output.logits[:, -1].cpu(), output.boxes_cxcywh[:, -1].cpu()
+            images = [sample.entry.image_id for sample in chosen]
+            check_finite({"logits": logits, "boxes_cxcywh": boxes_cxcywh}, images, name)
             for index, sample in enumerate(chosen):
                 detections = detect(logits[index], boxes_cxcywh[index], sample.augmentation)
                 results += coco_results(sample.entry.image_id, detections, annotations.category_ids)

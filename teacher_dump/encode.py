@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from common.cache.storage import Location, locate
 from common.cache.validate import damage_explained
 from common.cache.writer import Record, blank_record
 from common.errors import UserError
+from common.finite import check_finite
 from common.images import PADDING_MULTIPLE
 from common.teacher import Answer, answers
 from teacher_dump.job import Job, Sample
@@ -67,8 +68,23 @@ def encode_records(
             answer["logits"] = encode_logits(answer["logits"])
         if "neck" in answer:
             answer |= encode_neck(job.manifest, sample.image_id, sample.view, answer["neck"], statistics)
-        records.append({**answer, **tokens})
+        records.append(storable(job.manifest, {**answer, **tokens}, sample.image_id, sample.view))
     return records
+
+
+def storable(manifest: Manifest, record: Record, image_id: int, view: int) -> Record:
+    """The fields of a record as they are stored. UserError where one is NaN, or too large for what it is stored as."""
+    stored: dict[str, npt.NDArray[Any]] = {}
+    for field in manifest.fields():
+        if field.name in record:
+            with np.errstate(over="ignore"):
+                stored[field.name] = record[field.name].astype(field.dtype, copy=False)
+            if not np.isfinite(stored[field.name]).all():
+                raise UserError(
+                    f"{field.name} of image {image_id}, view {view} cannot be stored as {field.dtype}: it is NaN or too"
+                    " large (float16 goes to 65504); check the teacher's weights, or store more with --preset full"
+                )
+    return stored
 
 
 def run_teacher(job: Job, samples: Sequence[Sample]) -> list[Record]:
@@ -77,7 +93,8 @@ def run_teacher(job: Job, samples: Sequence[Sample]) -> list[Record]:
     memory (T, C) float32 and weights (T,) float32 of all tokens, the same of the neck (neck and neck_weights) where the
     store holds it, and the sample fields of a record. Samples run together only if they are padded to the same size, so
     that none is padded more than it would be alone: group norm takes its statistics over the padding too, and a
-    sample of 64 pixels padded to 128 was found to get other features altogether.
+    sample of 64 pixels padded to 128 was found to get other features altogether. UserError where the teacher gives NaN
+    or infinity.
     """
     whole = [(sample, sample.image) for sample in samples if sample.image is not None]
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -88,22 +105,21 @@ def run_teacher(job: Job, samples: Sequence[Sample]) -> list[Record]:
     records: dict[int, Record] = {}
     for indices in groups.values():
         group = [whole[index] for index in indices]
+        output = job.teacher.run([image for _, image in group])
+        given = {name: value for name, value in vars(output).items() if value is not None}
+        check_finite(given, [sample.image_id for sample, _ in group], f"the teacher {job.teacher.info.name}")
         found = answers(
-            job.teacher.run([image for _, image in group]),
+            output,
             [sample.targets for sample, _ in group],
             [job.teacher.grid(int(image.shape[1]), int(image.shape[2])) for _, image in group],
             with_neck=job.manifest.codec.neck,
         )
-        records |= {index: _checked(answer, whole[index][0]) for index, answer in zip(indices, found, strict=True)}
+        records |= {index: _arrays(answer) for index, answer in zip(indices, found, strict=True)}
     return [records[index] for index in range(len(whole))]
 
 
-def _checked(answer: Answer, sample: Sample) -> Record:
-    """The arrays of an answer. UserError if they are not finite."""
-    record = {name: value.cpu().numpy() for name, value in vars(answer).items() if isinstance(value, torch.Tensor)}
-    if not (np.isfinite(record["memory"]).all() and np.isfinite(record["logits"]).all()):
-        raise UserError(f"the teacher gave NaN or infinite values for image {sample.image_id}; check its weights")
-    return record
+def _arrays(answer: Answer) -> Record:
+    return {name: value.cpu().numpy() for name, value in vars(answer).items() if isinstance(value, torch.Tensor)}
 
 
 def token_fields(

@@ -20,6 +20,7 @@ from common.cache.reader import CacheReader
 from common.cache.storage import Location
 from common.coco import Annotations
 from common.evaluate import CocoMetrics, Result, coco_ap, coco_index, coco_results, detect, ground_truth
+from common.finite import check_finite
 from common.records import Augmentation
 from teacher_dump.job import augmentation_of
 
@@ -97,7 +98,8 @@ def _results(
     for some in np.array_split(rows, -(-len(rows) // ROWS_AT_ONCE)):
         batch = reader.read(some)
         logits, boxes_cxcywh = decode_logits(batch.logits[:, -1]), batch.boxes_cxcywh[:, -1]
-        for index, row in enumerate(some.tolist()):
-            image_id = int(reader.table.image_id[row])
+        image_ids = reader.table.image_id[some].tolist()
+        check_finite({"logits": logits, "boxes_cxcywh": boxes_cxcywh}, image_ids, f"the teacher of {reader.path}")
+        for index, image_id in enumerate(image_ids):
             detections = detect(logits[index], boxes_cxcywh[index], augmentations[image_id])
             yield from coco_results(image_id, detections, reader.manifest.data.category_ids)

@@ -28,6 +28,7 @@ from teacher_dump.encode import (
     encode_neck,
     read_statistics,
     statistics_of,
+    storable,
     stored_neck,
     stored_tokens,
 )
@@ -216,8 +217,8 @@ def _transcode(
         positions, weights = draw_tokens(record["token_weights"], int(table.token_count[row]), sample)
         tokens = {name: stored[positions] for name, stored in tokens.items()}
         kept = {"token_positions": positions, "token_weights": weights}
+    image_id, view = int(plan.table.image_id[row]), int(plan.table.view[row])
     if there.codec.tokens != here.codec.tokens:
-        image_id, view = int(plan.table.image_id[row]), int(plan.table.view[row])
         key = (here.views.seed, image_id, view, 0)
         decoded = decode_tokens(tokens, statistics.tokens)
         tokens = encode_tokens(decoded, here.codec.tokens, new_statistics.tokens, here.codec.rounding, key)
@@ -226,7 +227,7 @@ def _transcode(
             tokens |= encode_neck(here, image_id, view, neck, new_statistics)
     if there.codec.logits != here.codec.logits:
         kept["logits"] = encode_logits(record["logits"].astype(np.float32))
-    return {**record, **tokens, **kept}
+    return storable(here, {**record, **tokens, **kept}, image_id, view)
 
 
 def _fewer_views(manifest: Manifest, views: int) -> int:

@@ -70,7 +70,8 @@ def encode_tokens(
     if codec == "fp32":
         return {"tokens": tokens}
     if codec == "fp16":
-        return {"tokens": tokens.astype(np.float16)}
+        with np.errstate(over="ignore"):  # who stores them refuses infinity
+            return {"tokens": tokens.astype(np.float16)}
     if isinstance(statistics, Codebooks):
         return {"tokens": encode_codes(tokens, statistics)}
     assert statistics is not None, f"{codec} needs the channels' statistics or codebooks"

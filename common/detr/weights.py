@@ -65,7 +65,8 @@ def load_detector(
     (`common.categories.match_outputs`).
 
     The architecture is inferred from names and shapes, or read from the configuration in the file or beside it. Raises
-    UserError, one line, if the file cannot be read, is of another architecture, or has another number of classes.
+    UserError, one line, if the file cannot be read, is of another architecture, has another number of classes, or
+    weights that are not finite.
     """
     checkpoint = read_checkpoint(Path(path))
     layout, prefix = _layout_of(checkpoint)
@@ -100,6 +101,12 @@ def load_detector(
     model = DeformableDetr(config).eval()
     own = model.state_dict()
     model.load_state_dict({name: state[name].float() for name in own if name in state}, strict=False)
+    broken = [name for name, value in own.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"{path}: expected finite weights, found NaN or infinity in {len(broken)} tensors, the first is"
+            f" {broken[0]}: take an earlier checkpoint"
+        )
     unused += [name for name in state if name not in own]
     leftover = tuple(name for name in unused if not _counts(name))
     return model, LoadReport(str(path), layout.name, config, leftover, tuple(notes), known)
