@@ -44,8 +44,7 @@ class DataOptions:
     image_folder: OptionalPath = None
     """Folder of the images of both splits. (default: DATA/SPLIT)"""
     subset: OptionalSubset = None
-    """Train on so many of its images, or that fraction of them: the same ones in every run. (default: all, with a cache
-    those of its finished shards)"""
+    """So many images, or that fraction, always the same. (default: all, with a cache those of its finished shards)"""
     val_split: str = "val2017"
     """Split to evaluate on."""
     sizes: OptionalInts = None
