@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from common.errors import UserError
+from common.figures import save_figure
 from student_train.run_folder import METRICS, RUN
 
 COLUMNS = ("AP", "AP50", "APs", "APm", "APl")
@@ -98,7 +99,7 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
     for panel in panels[1 + len(kinds) :]:
         panel.set_axis_off()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def _loss_of_kind(line: dict[str, Any], kind: str) -> float:

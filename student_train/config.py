@@ -11,6 +11,7 @@ import tyro
 from common.detr.presets import preset_named
 from common.errors import UserError
 from common.pixel_rule import Exif
+from common.ranges import MAX_SEED, MAX_SIDE_PX, AtLeast, AtMost, check_ranges
 from student_train.recipe import configured, read_recipe, recipe_of
 
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
@@ -18,7 +19,14 @@ OptionalStore = Annotated[str | None, tyro.conf.arg(metavar="STORE", help_behavi
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 OptionalInts = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...", help_behavior_hint="")]
+OptionalSides = Annotated[OptionalInts, AtLeast(1), AtMost(MAX_SIDE_PX)]
+OptionalSize = Annotated[
+    tuple[int, int] | None, AtLeast(1), tyro.conf.arg(metavar="HEIGHT WIDTH", help_behavior_hint="")
+]
 OptionalSubset = Annotated[int | float | None, tyro.conf.arg(metavar="N|FRACTION", help_behavior_hint="")]
+AtLeastOne = Annotated[int, AtLeast(1)]
+NotNegative = Annotated[int, AtLeast(0)]
+NotNegativeFloat = Annotated[float, AtLeast(0)]
 OptionalName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 OptionalExif = Annotated[Exif | None, tyro.conf.arg(metavar="{auto,apply,ignore}", help_behavior_hint="")]
 Config = TypeVar("Config")
@@ -47,34 +55,34 @@ class DataOptions:
     """So many images, or that fraction, always the same. (default: all, with a cache those of its finished shards)"""
     val_split: str = "val2017"
     """Split to evaluate on."""
-    sizes: OptionalInts = None
+    sizes: OptionalSides = None
     """Without a cache: short sides in pixels to draw from, instead of 480, 512, ... 800; no crops then."""
     exif: OptionalExif = None
     """EXIF's orientation; auto: where the annotated size allows it. (default: auto; with a cache, its own)"""
     skip_broken: bool = False
     """Train on other samples in the place of images that cannot be decoded, and list them."""
-    workers: int = 4
+    workers: AtLeastOne = 4
     """Threads that decode and augment images."""
-    prefetch: int = 3
+    prefetch: AtLeastOne = 3
     """Steps prepared ahead."""
 
 
 @dataclass(frozen=True)
 class ModelOptions:
     student: Annotated[str, tyro.conf.arg(metavar="NAME")] = "r50"
-    """Deformable DETR with this backbone: r50, r18, r34, r101, mobilenet_v2 (mobilenet_v2_1280: as
-    DETRDistill has it), or timm:NAME for one of timm's. tiny is for drawn scenes, tiny_teacher its teacher."""
+    """Deformable DETR with this backbone: r50, r18, r34, r101, mobilenet_v2, mobilenet_v2_1280
+    (DETRDistill's), or timm:NAME. tiny is for drawn scenes, tiny_teacher its teacher."""
     backbone_weights: OptionalPath = None
     """torchvision's (or timm's) ImageNet weights of the backbone, a .pth or .safetensors file."""
     init: OptionalPath = None
     """Checkpoint to start from, e.g. the teacher's: every weight whose name and shape fit is taken over."""
-    width: OptionalInt = None
+    width: Annotated[OptionalInt, AtLeast(1), AtMost(65536)] = None
     """Channels of encoder and decoder. (default: 256; tiny: 64)"""
-    queries: OptionalInt = None
+    queries: Annotated[OptionalInt, AtLeast(1), AtMost(65536)] = None
     """Object queries. (default: 300; tiny: 40)"""
-    encoder_layers: OptionalInt = None
+    encoder_layers: Annotated[OptionalInt, AtLeast(1), AtMost(65536)] = None
     """Layers of the encoder. (default: 6; tiny: 1)"""
-    decoder_layers: OptionalInt = None
+    decoder_layers: Annotated[OptionalInt, AtLeast(1), AtMost(65536)] = None
     """Layers of the decoder. (default: 6; tiny: 3)"""
     refine: bool = True
     """Iterative bounding box refinement."""
@@ -108,15 +116,15 @@ BALANCED_WEIGHTS: dict[Mode, LossWeights] = {  # with --balance, as ratios of gr
 class DistillationOptions:
     mode: Mode = "paper"
     """What the article describes, or what its authors' code computes (docs/losses.md)."""
-    logits_weight: OptionalFloat = None
+    logits_weight: Annotated[OptionalFloat, AtLeast(0)] = None
     """Hungarian-matching logits distillation. (default: 1)"""
-    feature_weight: OptionalFloat = None
+    feature_weight: Annotated[OptionalFloat, AtLeast(0)] = None
     """Target-aware feature distillation. (default: paper 20, released 1; with --balance 10)"""
-    assignment_weight: OptionalFloat = None
+    assignment_weight: Annotated[OptionalFloat, AtLeast(0)] = None
     """Query-prior assignment distillation. (default: 1)"""
-    contrastive_weight: OptionalFloat = None
+    contrastive_weight: Annotated[OptionalFloat, AtLeast(0)] = None
     """Contrastive loss between matched queries. (default: paper 0, released 0.2)"""
-    fgd_weight: OptionalFloat = None
+    fgd_weight: Annotated[OptionalFloat, AtLeast(0)] = None
     """FGD, focal and global distillation of the neck's features. (default: 0)"""
     balance: bool = False
     """Scale each distillation loss by itself, again and again, so that its gradient is its weight times as long as
@@ -159,31 +167,31 @@ class DistillationOptions:
 
 @dataclass(frozen=True)
 class OptimisationOptions:
-    epochs: int = 50
+    epochs: AtLeastOne = 50
     """Passes over the training images."""
-    max_steps: OptionalInt = None
+    max_steps: Annotated[OptionalInt, AtLeast(1)] = None
     """Stop after this many steps, even within an epoch."""
-    batch_size: int = 4
+    batch_size: AtLeastOne = 4
     """Images of one step, over all processes. The recipe's is 32. At full size an image takes about 3 GB."""
-    lr: float = 2e-4
+    lr: NotNegativeFloat = 2e-4
     """Learning rate of AdamW; the recipe's, for 32 images a step."""
     scale_lr: bool = False
     """Multiply the learning rate by batch size / 32."""
-    backbone_lr_factor: OptionalFloat = None
+    backbone_lr_factor: Annotated[OptionalFloat, AtLeast(0)] = None
     """Factor on the backbone's learning rate. (default: 0.1 with ImageNet weights, 1 without)"""
-    weight_decay: float = 1e-4
+    weight_decay: NotNegativeFloat = 1e-4
     """Weight decay of AdamW."""
-    clip: float = 0.1
+    clip: NotNegativeFloat = 0.1
     """Largest norm of the gradient; longer ones are scaled down to it. 0 leaves them as they are."""
     schedule: Literal["step", "cosine"] = "step"
     """step: a tenth of the learning rate from epoch --lr-drop on. cosine: down to 0 at the end."""
-    lr_drop: int = 40
+    lr_drop: NotNegative = 40
     """Epochs before the learning rate drops."""
-    warmup_steps: int = 0
+    warmup_steps: NotNegative = 0
     """Steps over which the learning rate rises from 0."""
     ema: OptionalFloat = None
     """Evaluate and save the moving average of the weights, of this decay, e.g. 0.9997."""
-    seed: int = 0
+    seed: Annotated[int, AtLeast(0), AtMost(MAX_SEED)] = 0
     """Of the initial weights, the order of the samples and, without a cache, the views."""
 
     @property
@@ -194,7 +202,7 @@ class OptimisationOptions:
 
 @dataclass(frozen=True)
 class SpeedOptions:
-    accumulate: int = 1
+    accumulate: AtLeastOne = 1
     """Parts that the images of a step go through the student in, one after another: less memory, the same gradient."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Automatic mixed precision."""
@@ -213,13 +221,13 @@ class OutputOptions:
     resume: bool = False
     """Go on with the run of this name from its last checkpoint. (After Ctrl-C, exit status 130, or SIGTERM, 143, the
     run has saved itself: --config runs/NAME/run.json --resume.)"""
-    checkpoint_every: int = 1000
+    checkpoint_every: NotNegative = 1000
     """Steps between checkpoints; there is one after each epoch, too. 0: only those."""
-    keep: int = 2
+    keep: AtLeastOne = 2
     """Newest checkpoints to keep, beside the best student."""
-    log_every: int = 50
+    log_every: NotNegative = 50
     """Steps between lines of the log; 0 for none."""
-    eval_every: int = 1
+    eval_every: NotNegative = 1
     """Epochs between evaluations; 0 evaluates at the end only."""
     track: Annotated[Literal["wandb", "mlflow"] | None, tyro.conf.arg(help_behavior_hint="")] = None
     """Also report to Weights & Biases or MLflow, whose package has to be installed."""
@@ -241,31 +249,9 @@ class TrainConfig:
     """Read these options from a TOML file, or from run.json of an earlier run; flags go before it."""
 
     def __post_init__(self) -> None:
-        data, distillation, optimisation = self.data, self.distillation, self.optimisation
-        for value, flag, least in (
-            (data.workers, "--workers", 1),
-            (data.prefetch, "--prefetch", 1),
-            (optimisation.epochs, "--epochs", 1),
-            (1 if optimisation.max_steps is None else optimisation.max_steps, "--max-steps", 1),
-            (optimisation.batch_size, "--batch-size", 1),
-            (self.speed.accumulate, "--accumulate", 1),
-            (optimisation.warmup_steps, "--warmup-steps", 0),
-            (optimisation.lr, "--lr", 0),
-            (optimisation.clip, "--clip", 0),
-            (distillation.weights.logits, "--logits-weight", 0),
-            (distillation.weights.features, "--feature-weight", 0),
-            (distillation.weights.assignment, "--assignment-weight", 0),
-            (distillation.weights.contrastive, "--contrastive-weight", 0),
-            (distillation.weights.fgd, "--fgd-weight", 0),
-            (self.output.eval_every, "--eval-every", 0),
-            (self.output.checkpoint_every, "--checkpoint-every", 0),
-            (self.output.keep, "--keep", 1),
-            (self.output.log_every, "--log-every", 0),
-        ):
-            if not value >= least:
-                raise UserError(f"expected {flag} of {least} or more, found {value}")
-        if optimisation.ema is not None and not 0 < optimisation.ema < 1:
-            raise UserError(f"expected --ema between 0 and 1, such as 0.9997, found {optimisation.ema}")
+        check_ranges(self)
+        if (ema := self.optimisation.ema) is not None and not 0 < ema < 1:
+            raise UserError(f"expected --ema between 0 and 1, such as 0.9997, found {ema}")
         preset_named(self.model.student, "--student ")
 
 
@@ -281,13 +267,13 @@ class EvaluateConfig:
     """Split to evaluate on."""
     image_folder: OptionalPath = None
     """Folder of the images, which no file name leaves. (default: DATA/SPLIT)"""
-    sizes: OptionalInts = None
+    sizes: OptionalSides = None
     """The short sides that training drew from: images are evaluated at the largest. (default: as its file says)"""
     exif: Exif = "auto"
     """EXIF's orientation; auto: where the annotated size allows it."""
-    batch_size: int = 4
+    batch_size: AtLeastOne = 4
     """Images of one forward pass."""
-    workers: int = 4
+    workers: AtLeastOne = 4
     """Threads that decode images."""
     detections: OptionalPath = None
     """Also write the detections to this json file, in COCO's results format."""
@@ -304,14 +290,10 @@ class SweepConfig:
 
     file: tyro.conf.Positional[Path]
     """The list of runs."""
-    parallel: int = 1
+    parallel: AtLeastOne = 1
     """Runs at a time, each on a GPU of its own while there are enough, with its output in log.txt in its folder."""
     dry_run: bool = False
     """Only say what would be done."""
-
-    def __post_init__(self) -> None:
-        if self.parallel < 1:
-            raise UserError(f"expected --parallel of 1 or more, found {self.parallel}")
 
 
 @dataclass(frozen=True)
@@ -336,11 +318,11 @@ class PictureConfig:
     """Split to take the images from."""
     image_folder: OptionalPath = None
     """Folder of the images, which no file name leaves. (default: DATA/SPLIT)"""
-    sizes: OptionalInts = None
+    sizes: OptionalSides = None
     """The short sides that training drew from: images are shown at the largest. (default: as their files say)"""
     exif: Exif = "auto"
     """EXIF's orientation; auto: where the annotated size allows it."""
-    images: int = 6
+    images: AtLeastOne = 6
     """How many of the split's images, from the first on."""
     min_score: float = 0.3
     """Lowest score of a detection that is drawn."""
@@ -365,16 +347,18 @@ class ExportConfig:
     """Folder in COCO's layout whose categories the checkpoint learnt, where it does not say itself."""
     split: str = "val2017"
     """Split of --data whose annotations to read."""
-    sizes: OptionalInts = None
+    sizes: OptionalSides = None
     """The short sides that training drew from: the export is told to resize to the largest. (default: as its file
     says)"""
-    image_size: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="HEIGHT WIDTH", help_behavior_hint="")] = None
+    image_size: OptionalSize = None
     """onnx: take one image of this padded size, instead of any number of any size."""
 
 
 def parse(config: type[Config], arguments: list[str], prog: str) -> Config:
     """Read the command line. A mistake in it ends the process with status 2 and the nearest option's name."""
-    return tyro.cli(config, args=arguments, prog=prog, config=MARKERS)
+    options = tyro.cli(config, args=arguments, prog=prog, config=MARKERS)
+    check_ranges(options)
+    return options
 
 
 def parse_train(arguments: list[str]) -> TrainConfig:

@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 
 from common.coco import Annotations
 from common.evaluate import Result
+from common.figures import save_figure
 from common.images import load_entry
 
 CELL_INCHES = 2.4
@@ -49,7 +50,7 @@ def draw_detections(
     for axis, name in zip(axes[:, 0], rows, strict=True):
         axis.set_ylabel(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 def _draw_box(axis: Axes, box_xyxy_px: npt.NDArray[np.floating], text: str, label: int) -> None:

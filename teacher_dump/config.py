@@ -11,16 +11,21 @@ import tyro
 from common.cache.schema import CodecInfo, LogitsCodec, Rounding, TokenCodec
 from common.errors import UserError
 from common.pixel_rule import Exif
+from common.ranges import MAX_SEED, MAX_SIDE_PX, AtLeast, AtMost, check_ranges
 
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 OptionalSubset = Annotated[int | float | None, tyro.conf.arg(metavar="N|FRACTION", help_behavior_hint="")]
 OptionalSize = Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="HEIGHT WIDTH", help_behavior_hint="")]
 OptionalInts = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...", help_behavior_hint="")]
+AtLeastOne = Annotated[int, AtLeast(1)]
+NotNegative = Annotated[int, AtLeast(0)]
+MAX_VIEWS = 10_000  # of an image: no training has more epochs
 # A folder, or a bucket's URL, whose slashes pathlib would fold.
 Place = Annotated[str | Path, tyro.conf.arg(metavar="PATH")]
 StorePlace = Annotated[str | Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
 NewStorePlace = Annotated[str | Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+OptionalSides = Annotated[OptionalInts, AtLeast(1), AtMost(MAX_SIDE_PX)]
 PresetName = Literal["compact", "half", "full"]
 Config = TypeVar("Config")
 
@@ -43,11 +48,11 @@ class DataOptions:
     """Folder of the images, which no file name leaves. (default: DATA/SPLIT)"""
     subset: OptionalSubset = None
     """Only so many of its images, or that fraction of them: the same ones in every store. (default: all)"""
-    views: int = 1
+    views: Annotated[int, AtLeast(1), AtMost(MAX_VIEWS)] = 1
     """Augmentations of every image. Epoch e of a student sees view e modulo this."""
-    seed: int = 0
+    seed: Annotated[int, AtLeast(0), AtMost(MAX_SEED)] = 0
     """Seed of the augmentations and of the token sampling."""
-    sizes: OptionalInts = None
+    sizes: OptionalSides = None
     """Short sides in pixels to draw from, instead of Deformable DETR's 480, 512, ... 800; no crops then."""
     augment: bool = True
     """Mirror, crop and resize at random. --no-augment shows whole images at their largest size, as evaluation does."""
@@ -55,7 +60,7 @@ class DataOptions:
     """EXIF's orientation; auto: where the annotated size allows it. (default: auto; to complete a store, its own)"""
     skip_broken: bool = False
     """Leave out images that cannot be decoded and list them at the end, instead of stopping at the first."""
-    workers: int = 4
+    workers: AtLeastOne = 4
     """Threads that decode and replay images."""
 
 
@@ -68,9 +73,9 @@ class TeacherOptions:
     hf:DIRECTORY for a detector of the DETR family from Hugging Face transformers (docs/teachers.md), or random:r101
     (r50, r18, ...) for a trial with untrained weights. Of several, or of one given as NAME=TEACHER, each gets a store
     of its own within the store, OUT/NAME; those that are there already stay."""
-    teacher_size: OptionalSize = None
+    teacher_size: Annotated[OptionalSize, AtLeast(1), AtMost(MAX_SIDE_PX)] = None
     """Pixels that an hf: teacher resizes every sample to, instead of what its preprocessor_config.json says."""
-    batch_size: int = 4
+    batch_size: AtLeastOne = 4
     """Samples that the teacher sees at once."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -152,9 +157,9 @@ class PlanConfig:
     data: DataOptions = field(default_factory=DataOptions)
     teacher: TeacherOptions = field(default_factory=TeacherOptions)
     store: StoreOptions = field(default_factory=StoreOptions)
-    measure: int = 0
+    measure: NotNegative = 0
     """Batches to run through the teacher on this machine, to say how long it will take. 0 runs nothing."""
-    student_epochs: int = 50
+    student_epochs: AtLeastOne = 50
     """Epochs of one student, for comparing with a teacher that runs live beside each student."""
 
 
@@ -170,7 +175,7 @@ class SourceOptions:
     """Folder of the images, which no file name leaves. (default: DATA/SPLIT)"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    workers: int = 4
+    workers: AtLeastOne = 4
     """Threads that decode and replay images."""
 
 
@@ -180,10 +185,10 @@ class VerifyConfig:
 
     store: StorePlace
     """The store to read."""
-    against_teacher: int = 0
+    against_teacher: NotNegative = 0
     """Also run this many samples through the teacher again and compare; needs --teacher and --data."""
     source: SourceOptions = field(default_factory=SourceOptions)
-    threads: int = 4
+    threads: AtLeastOne = 4
     """Threads that read and check."""
 
 
@@ -196,7 +201,7 @@ class RepairConfig:
     source: SourceOptions = field(default_factory=SourceOptions)
     skip_broken: bool = False
     """Go on where images cannot be decoded, as the dump's option of that name."""
-    threads: int = 4
+    threads: AtLeastOne = 4
     """Threads that read and check."""
 
 
@@ -208,7 +213,7 @@ class InspectConfig:
     """The store to describe."""
     image_id: OptionalInt = None
     """Draw this image: ground truth, the teacher's predictions, the weight map and the kept tokens."""
-    view: int = 0
+    view: NotNegative = 0
     """Which of its views."""
     data: Path = Path("data/coco")
     """Folder of the data that was dumped, for the image's pixels."""
@@ -238,7 +243,7 @@ class TranscodeConfig:
     """Keep the neck's features if the store has them and all tokens are kept; --no-neck leaves them out."""
     queries: bool = True
     """Keep the queries if the store has them; --no-queries leaves them out."""
-    views: OptionalInt = None
+    views: Annotated[OptionalInt, AtLeast(1)] = None
     """Keep only this many views, from the first. (default: all)"""
 
 
@@ -253,7 +258,7 @@ class PruneConfig:
     """The store to take from."""
     out: NewStorePlace
     """The store to make."""
-    views: OptionalInt = None
+    views: Annotated[OptionalInt, AtLeast(1)] = None
     """Keep only this many views, from the first. (default: all)"""
     neck: bool = True
     """Keep the neck's features if the store has them; --no-neck leaves them out."""
@@ -263,4 +268,6 @@ class PruneConfig:
 
 def parse(config: type[Config], arguments: list[str], prog: str) -> Config:
     """Read the command line. A mistake in it ends the process with status 2 and the nearest option's name."""
-    return tyro.cli(config, args=arguments, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+    options = tyro.cli(config, args=arguments, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+    check_ranges(options)
+    return options

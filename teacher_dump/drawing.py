@@ -16,6 +16,7 @@ from common.cache.codec import decode_logits
 from common.cache.reader import CacheReader
 from common.coco import load_annotations
 from common.errors import UserError
+from common.figures import save_figure
 from common.images import load_entry
 from common.pixel_rule import rule_of_store
 from common.records import Augmentation, CachedBatch, ImageEntry
@@ -66,12 +67,8 @@ def draw_sample(reader: CacheReader, data: Path, image_folder: Path | None, imag
         _draw_level(axis, shown, *level, cell_px)
         axis.set_title(f"stride {stride}: {axis.get_title()}", fontsize=9)
     figure.suptitle(f"image {image_id}, view {view}, {reader.manifest.teacher.name}", fontsize=11)
-    try:
-        figure.savefig(out, dpi=110)
-    except OSError as error:
-        raise UserError(f"{out} could not be written: {error.strerror}; name another file with --out") from None
-    finally:
-        plt.close(figure)
+    save_figure(figure, out, dpi=110)
+    plt.close(figure)
     kept, tokens = len(record.token_weights), int(reader.table.level_shapes[row].prod(axis=1).sum())
     return (
         f"{out}: image {image_id}, view {view}, {augmentation.width} x {augmentation.height} pixels, {kept} of {tokens}"

@@ -68,9 +68,6 @@ def prepare(config: DumpConfig, annotations: Annotations, teacher: Teacher) -> J
             f"expected a teacher that gives its neck's features, found {teacher.info.name}, of which only the encoder's"
             " output is known: leave --neck and --preset full out"
         )
-    for name, value in (("--views", config.data.views), ("--batch-size", config.teacher.batch_size)):
-        if value < 1:
-            raise UserError(f"expected {name} of 1 or more, found {value}")
     draft = Manifest(
         teacher=teacher.info,
         data=_data_info(annotations, config.data.split),

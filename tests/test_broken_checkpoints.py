@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from broken_checkpoints import CONFIG, RESNET, broken_checkpoints
 from safetensors.torch import save_file
 
 from common.detr import layouts
@@ -17,6 +16,7 @@ from common.detr.detector import DeformableDetr
 from common.detr.weights import export_state, load_detector, save_detector
 from common.errors import UserError
 from student_train.export import transformers_config
+from tests.broken_checkpoints import CONFIG, RESNET, broken_checkpoints
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")

@@ -30,10 +30,10 @@ from common.cache.schema import (
 )
 from common.cache.storage import Storage, read_checked
 from common.errors import UserError
+from common.ranges import MAX_SEED, MAX_SIDE_PX
 from common.records import ImageEntry
 
 # Far above what detectors have, and low enough that what follows from them fits into memory (docs/cache-format.md).
-MAX_SIDE_PX = 8192  # of a sample, and of the teacher's input
 MAX_IMAGE_SIDE_PX = 2**20
 MAX_LEVELS = 16
 MAX_SIZE = 2**16  # layers, queries, channels, classes
@@ -41,7 +41,6 @@ MAX_COUNT = 2**31 - 1  # samples, images, views
 MAX_TOGETHER = 2**20  # samples of a shard or of the teacher's batch, tokens of a page
 MAX_SHARD_PAGES = 2**22  # of a token field: an index of 64 MiB
 MAX_RECORD_BYTES = 2**30
-MAX_SEED = 2**63 - 1
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)  # what damaged metadata raise
 Array = npt.NDArray[Any]

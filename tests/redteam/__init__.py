@@ -1,0 +1,1 @@
+"""Attacks on stores, runs, checkpoints, data and the command line, by the hundred: docs/reliability.md."""
