@@ -50,10 +50,10 @@ def flip_bits(folder: Path, count: int, seed: int) -> Iterator[Trial]:
 def _flip_and_read(sound: Path, copy: Path, seed: int, numbers: range, told: Path) -> None:
     """The body of a process: flips one bit after the other, each mended before the next."""
     torch.set_num_threads(1)
+    expected = _read(sound)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    expected = _read(sound)
     files = sorted(path for path in copy.rglob("*") if path.is_file() and path.stat().st_size)
     with told.open("w", buffering=1) as lines:
         for number in numbers:
@@ -89,8 +89,8 @@ def _read(store: Path) -> dict[str, torch.Tensor]:
     reader = CacheReader(store, verify="always")
     try:
         batch: dict[str, Any] = vars(reader.read(np.arange(len(reader))))
-        constants = {name: torch.from_numpy(value.copy()) for name, value in reader.constants.items()}
-        return {name: value.clone() for name, value in batch.items() if isinstance(value, torch.Tensor)} | constants
+        values = batch | reader.constants
+        return {name: value.clone() for name, value in values.items() if isinstance(value, torch.Tensor)}
     finally:
         reader.close()
 
