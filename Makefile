@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: demo test test-oldest lint bench gpu results clean
+.PHONY: redteam demo test test-oldest lint bench gpu results clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   draw data, cache a teacher, train a student without and with it, compare (minutes, CPU)"
 	@echo "make test   the tests; make test-oldest: with the oldest PyTorch that is supported, in .venv-oldest"
 	@echo "make lint   ruff, mypy and the import contract"
+	@echo "make redteam  kills, flips, crafted stores, bad wires, broken files and mistakes by the hundred (half an hour)"
 	@echo "make bench  speed and memory, as a table and build/bench.json"
 	@echo "make gpu    on a machine with a GPU: the tests and benchmarks that need one, 12 minutes at most, build/gpu.json"
 	@echo "make results  the tables and the plot of docs/results.md (hours; stopped, it goes on where it was)"
@@ -35,6 +36,9 @@ test: .venv/ready
 
 test-oldest: .venv-oldest/ready
 	.venv-oldest/bin/python -m pytest -n 2
+
+redteam: .venv/ready
+	$(BIN)/python -m tests.redteam
 
 lint: .venv/ready
 	$(BIN)/ruff check .
