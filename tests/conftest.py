@@ -1,14 +1,17 @@
-"""What several test files share: the real data, where it is present, and torch's threads."""
+"""What several test files share: the real data, where it is present, an S3 server, and torch's threads."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.s3_server import CannotStart, Server, running_server
 
 # One worker of pytest-xdist or one developer: more threads than this only fight each other on small tensors.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -55,3 +58,13 @@ def two_images(coco_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         for image in content["images"]:
             shutil.copy(coco_nano / "val2017" / image["file_name"], data / split)
     return data
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """A real S3 server."""
+    try:
+        with running_server() as server:
+            yield server
+    except CannotStart as reason:
+        pytest.skip(str(reason))

@@ -40,20 +40,11 @@ from teacher_dump.config import DataOptions, DumpConfig, StoreOptions, TeacherOp
 from teacher_dump.dump import run_dump
 from tests.benchmarks.cache_stores import plain_constants
 from tests.dump_cases import SIDE, TEACHER, command, contents, draw_scenes, dump
-from tests.s3_server import CannotStart, Server, Wire, environment, running_server
+from tests.s3_server import Server, Wire, environment
 from tests.test_cache import make_record, make_store_inputs, write_all
 from tests.training_cases import configuration, steps_of
 
 pytest.importorskip("obstore", reason="obstore is not installed: pip install detrcache[s3]")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    try:
-        with running_server() as server:
-            yield server
-    except CannotStart as reason:
-        pytest.skip(str(reason))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ place when it is on the disk, a bucket is given it by one put, which object stor
 
 from __future__ import annotations
 
+import hashlib
 import io
 import mmap
 import os
@@ -31,7 +32,7 @@ from common.runtime import log
 
 TEMPORARY = ".partial"
 RETRY_S = 180.0  # how long a bucket may be out of reach before a command gives up
-LONGEST_PAUSE_S = 10.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
 WAITING_S = 30.0  # for an answer, before asking again
 TRY_AGAIN = (408, 429)  # the answers "timeout" and "too many requests" of HTTP
 UNSATISFIABLE_RANGE = 416
@@ -188,8 +189,18 @@ class Bucket:
         return True
 
     def read(self, key: str) -> bytes:
-        """The bytes of an object. FileNotFoundError."""
-        return self._call(lambda obstore: bytes(obstore.get(self.client, key).bytes()))
+        """The bytes of an object. FileNotFoundError.
+
+        Where the object's tag is the MD5 of other bytes, they are asked for again, until the same come twice: then the
+        tag is something else, as it is with some kinds of encryption.
+        """
+        content, tag = self._get(key)
+        while re.fullmatch("[0-9a-f]{32}", tag) and hashlib.md5(content, usedforsecurity=False).hexdigest() != tag:
+            before = content
+            content, tag = self._get(key)
+            if content == before:
+                break
+        return content
 
     def view(self, key: str) -> Bytes:
         return np.frombuffer(self.read(key), dtype=np.uint8)
@@ -274,12 +285,21 @@ class Bucket:
     def free_bytes(self) -> int | None:
         return None
 
+    def _get(self, key: str) -> tuple[bytes, str]:
+        """An object's bytes and its tag."""
+
+        def get(obstore: Any) -> tuple[bytes, str]:
+            answer = obstore.get(self.client, key)
+            return bytes(answer.bytes()), (answer.meta["e_tag"] or "").strip('"')
+
+        return self._call(get)
+
     def _list(self, folder: str) -> Any:
         return self._call(lambda obstore: obstore.list_with_delimiter(self.client, f"{folder}/" if folder else None))
 
     def _call(self, ask: Callable[[Any], Result]) -> Result:
         obstore = _import_obstore()
-        give_up_s, pause_s = time.monotonic() + RETRY_S, 0.1
+        give_up_s, pause_s = time.monotonic() + RETRY_S, FIRST_PAUSE_S
         while True:
             try:
                 return ask(obstore)
