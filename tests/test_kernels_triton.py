@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -60,9 +61,13 @@ def _compile(kernel: Any, types: dict[str, str], constants: dict[str, int | bool
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     assert set(types) | set(constants) == set(kernel.arg_names)
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    if "constexprs" in inspect.signature(ASTSource).parameters:
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    else:  # triton 3.2, of torch 2.6: the same without the constants' names
+        signature = {name: kind for name, kind in signature.items() if name in types}
+        source = ASTSource(fn=kernel, signature=signature, constants=constants)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32))
 
 
