@@ -2,8 +2,8 @@
 
     python -m tests.gpu.wheels --python 3.12 --present freeze.txt
 
-run where there is a network, with the machine's own list of packages (`pip freeze`). PyTorch, torchvision and triton are
-always the machine's; whatever else it has stays as it is, in the version it has, or pip says what does not fit.
+run where there is a network, with the machine's own list of packages (`pip freeze`). PyTorch, torchvision and triton
+are always the machine's; whatever else it has stays as it is, in the version it has, or pip says what does not fit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.wheels", description=__doc__)
     parser.add_argument("--python", default="3.12", help="the machine's; default: %(default)s")
     parser.add_argument("--platform", default="manylinux_2_28_x86_64", help="default: %(default)s")
-    parser.add_argument("--present", type=Path, help="what the machine has, as `pip freeze` writes it; default: nothing")
+    parser.add_argument(
+        "--present", type=Path, help="what the machine has, as `pip freeze` writes it; default: nothing"
+    )
     parser.add_argument("--out", type=Path, default=PACKAGES, help="default: %(default)s")
     arguments = parser.parse_args()
     present = versions(arguments.present.read_text()) if arguments.present else {}
@@ -40,7 +42,9 @@ def main() -> None:
     pip("install", "--no-deps", "--no-compile", "--target", str(arguments.out), *machine, *chosen)
     print(f"{arguments.out}: {', '.join(chosen)}")
     tree = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.split(b"\0")
-    tree_bytes = sum((ROOT / name.decode()).stat().st_size for name in tree if name and (ROOT / name.decode()).is_file())
+    tree_bytes = sum(
+        (ROOT / name.decode()).stat().st_size for name in tree if name and (ROOT / name.decode()).is_file()
+    )
     packages_bytes = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
     print(f"packages {packages_bytes / 1e6:.1f} MB, working tree {tree_bytes / 1e6:.1f} MB")
 
