@@ -19,6 +19,7 @@ from torch import Tensor
 from common.boxes import cxcywh_to_xyxy
 from common.coco import Annotations
 from common.errors import UserError
+from common.files import write_text
 from common.records import Augmentation
 
 DETECTIONS_PER_IMAGE = 100
@@ -165,12 +166,7 @@ def coco_ap(truth: COCO, results: Iterable[Result], image_ids: Sequence[int] | N
 
 def write_results(path: Path, results: Iterable[Result]) -> None:
     """Write detections as COCO's results json; the file appears complete or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(json.dumps(list(results)))
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"expected to write detections to {path}: {error.strerror}") from None
+    write_text(path, json.dumps(list(results)))
 
 
 def coco_index(dataset: dict[str, Any]) -> COCO:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
@@ -104,7 +105,8 @@ def start_logging(ranks: Ranks | None = None) -> None:
 class _BesideProgressBars(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         mark = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        tqdm.write(mark + self.format(record), file=sys.stderr)
+        with contextlib.suppress(OSError):  # a closed terminal: the run may have a state to save
+            tqdm.write(mark + self.format(record), file=sys.stderr)
 
 
 def _version(name: str) -> str:

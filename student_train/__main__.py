@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +36,8 @@ def train(arguments: list[str]) -> None:
     try:
         metrics = loop.train(parse_train(arguments))
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            print(stopped, file=sys.stderr, flush=True)
         sys.exit(stopped.exit_status)
     if read_ranks().is_first:
         print(metrics)

@@ -10,10 +10,7 @@ runs/<name>/
 
 from __future__ import annotations
 
-import json
-import os
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import write_atomically
 from common.runtime import log
 
 FORMAT_VERSION = 3
@@ -53,8 +51,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint to a folder of them and delete all but the newest `keep`; returns its file."""
     path = folder / f"step-{checkpoint.step:08d}.pt"
     content = {"format_version": FORMAT_VERSION} | vars(checkpoint)
-    folder.mkdir(exist_ok=True)
-    write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+    def write(temporary: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        torch.save(content, temporary)
+
+    write_atomically(path, write)
     for old in checkpoints(folder)[keep:]:
         old.unlink()
     return path
@@ -65,12 +67,10 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"), reverse=True)
 
 
-def load_newest(folder: Path) -> Checkpoint:
-    """The newest checkpoint that is whole; says which ones are not. UserError if none is."""
+def load_newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole; says which are not. None if there are none, UserError if none is whole."""
     found = checkpoints(folder)
-    if not found:
-        raise UserError(f"expected checkpoints in {folder}, found none: start the run without --resume")
-    return _first_whole(found)
+    return _first_whole(found) if found else None
 
 
 def _first_whole(found: list[Path]) -> Checkpoint:
@@ -98,32 +98,3 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not isinstance(content, dict) or version != FORMAT_VERSION:
         raise UserError(f"{path}: expected a training checkpoint of version {FORMAT_VERSION}, found {version}")
     return Checkpoint(**content)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, bring it to the disk, and only then give it its name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        temporary.chmod(0o644)  # safetensors makes its files private
-        _to_disk(temporary)
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{path} could not be written ({reason}): is there space and permission?") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    _to_disk(path.parent)  # the rename itself
-
-
-def write_json(path: Path, value: object) -> None:
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

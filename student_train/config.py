@@ -219,8 +219,8 @@ class OutputOptions:
     name: OptionalName = None
     """Name of this run's folder. (default: student, date and time)"""
     resume: bool = False
-    """Go on with the run of this name from its last checkpoint. (After Ctrl-C, exit status 130, or SIGTERM, 143, the
-    run has saved itself: --config runs/NAME/run.json --resume.)"""
+    """Go on with the run of this name. (After Ctrl-C, SIGTERM and SIGHUP it has saved itself:
+    --config runs/NAME/run.json --resume.)"""
     checkpoint_every: NotNegative = 1000
     """Steps between checkpoints; there is one after each epoch, too. 0: only those."""
     keep: AtLeastOne = 2

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from common.augment import AugmentPolicy
@@ -25,9 +24,9 @@ from common.detr.timm_backbone import PREFIX as TIMM
 from common.detr.timm_backbone import timm_stages
 from common.detr.weights import export_state, load_detector
 from common.errors import UserError
+from common.files import save_tensors, write_atomically, write_json
 from common.images import IMAGENET_MEAN, IMAGENET_STD
 from common.runtime import log
-from student_train.checkpoint import write_atomically, write_json
 from student_train.config import ExportConfig
 from student_train.evaluate import saved_policy
 from student_train.export_onnx import to_onnx
@@ -96,7 +95,7 @@ def to_transformers(
     # safetensors wants every tensor once, transformers some of them under several names: these are copies.
     state = {name: tensor.contiguous() for name, tensor in export_state(detector, layouts.TRANSFORMERS).items()}
     weights = folder / "model.safetensors"
-    write_atomically(weights, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
+    write_atomically(weights, lambda temporary: save_tensors(temporary, state, {"format": "pt"}))
 
 
 def transformers_config(config: DetectorConfig, categories: Categories | None) -> dict[str, Any]:

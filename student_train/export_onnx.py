@@ -17,9 +17,9 @@ from common.categories import Categories
 from common.detr.detector import DeformableDetr
 from common.errors import UserError
 from common.evaluate import DETECTIONS_PER_IMAGE
+from common.files import write_atomically
 from common.images import PADDING_MULTIPLE, normalise
 from common.runtime import log
-from student_train.checkpoint import write_atomically
 
 INPUTS = ("images", "padding_mask", "sizes")
 OUTPUTS = ("scores", "labels", "boxes_xyxy_px")

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the step under way is finished and saved before the process ends."""
+"""SIGTERM, Ctrl-C and a closed terminal (SIGHUP): the step under way is finished and saved before the process ends."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def signals_to_heed() -> list[signal.Signals]:
+    """Those that mean: stop. Under nohup, SIGHUP does not."""
+    return [number for number in SIGNALS if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
 
 
 class Interrupted(Exception):
     """The run was told to stop, and has saved its state. exit_status: 128 and the signal's number, as shells have it:
-    130 after Ctrl-C, 143 after SIGTERM."""
+    130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
 
     def __init__(self, message: str, exit_status: int) -> None:
         super().__init__(message)
@@ -33,7 +38,7 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        before = {number: signal.signal(number, self._note) for number in signals_to_heed()}
         try:
             yield self
         finally:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,9 +23,10 @@ from common.detr.attention import FeedForward
 from common.detr.detector import DeformableDetr
 from common.detr.weights import save_detector
 from common.evaluate import CocoMetrics
+from common.files import write_atomically
 from common.runtime import Ranks, choose_device, log, read_ranks, seed_generators, start_logging, start_processes
 from student_train.balance import Balance
-from student_train.checkpoint import Checkpoint, load_newest, save_checkpoint, write_atomically
+from student_train.checkpoint import Checkpoint, save_checkpoint
 from student_train.config import DistillationOptions, TrainConfig
 from student_train.ema import MovingAverage
 from student_train.evaluate import POLICY_KEY, average_precision, detect_split
@@ -59,8 +60,10 @@ def train(config: TrainConfig) -> CocoMetrics:
     try:
         if config.output.resume:
             folder.go_on(config, several(data))
-            resume(training, _of_first_rank(lambda: load_newest(folder.checkpoints), ranks))
-            folder.forget_after(training.step)
+            checkpoint = _of_first_rank(folder.newest, ranks)
+            if checkpoint is not None:
+                resume(training, checkpoint)
+            folder.forget_after(training.step, training.evaluated_step)
         else:
             reader = data.reader
             manifest, shards = (None, None) if reader is None else (reader.manifest, finished_ranges(reader))
@@ -70,6 +73,7 @@ def train(config: TrainConfig) -> CocoMetrics:
         folder.finish(config)
         return metrics
     finally:
+        folder.close()
         feed.close()
 
 
@@ -350,5 +354,4 @@ def _of_first_rank(value: Callable[[], Value], ranks: Ranks) -> Value:
         return value()
     shared = [value() if ranks.is_first else None]
     dist.broadcast_object_list(shared)
-    assert shared[0] is not None
-    return shared[0]
+    return cast(Value, shared[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import shlex
 import subprocess
@@ -11,13 +12,14 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from common.cache.schema import Manifest, TeacherInfo, differences
 from common.errors import UserError
 from common.evaluate import CocoMetrics
-from common.runtime import software_versions
-from student_train.checkpoint import write_atomically, write_json
+from common.files import remove_unfinished, unwritable, write_json, write_text
+from common.runtime import log, software_versions
+from student_train.checkpoint import Checkpoint, checkpoints, load_newest
 from student_train.config import TrainConfig
 from student_train.selection import Shards
 from student_train.tracking import TRACKERS, EventFile, Tracker
@@ -45,6 +47,7 @@ class RunFolder:
         self.record = path / RUN
         self._events = EventFile(path)
         self._tracker: Tracker | None = None
+        self._lock: IO[str] | None = None
 
     def start(
         self,
@@ -60,15 +63,11 @@ class RunFolder:
         """
         if not self._writes:
             return
-        if self.record.exists():
-            raise UserError(f"{self.path} holds a run already: choose another --name, or continue it with --resume")
+        if self.path.exists():
+            self._claim()
+            self._make_way()
         self._track(config)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{self.path} could not be made ({error.strerror}): name another folder with --out"
-            ) from None
+        self._claim()
         write_json(
             self.record,
             {
@@ -81,6 +80,60 @@ class RunFolder:
                 "teachers": None if teachers is None else {name: vars(teacher) for name, teacher in teachers.items()},
             },
         )
+
+    @property
+    def saved(self) -> bool:
+        """Whether the run has come as far as its first checkpoint."""
+        return bool(checkpoints(self.checkpoints)) or self.last_weights.exists()
+
+    def _claim(self) -> None:
+        """Make the folder, keep other processes from writing to it, and remove what a killed one was writing."""
+        if self._lock is not None:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(
+                f"{self.path} could not be made ({error.strerror}): name another folder with --out"
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.path} is being trained by another process: choose another --name, or wait for it to end"
+            ) from None
+        except OSError as error:
+            log.warning(f"{self.path} cannot be locked here ({error.strerror}): see to it that one job writes to it")
+        for folder in (self.path, self.checkpoints):
+            remove_unfinished(folder)
+
+    def _make_way(self) -> None:
+        """Remove what a run left that was killed before its first checkpoint. UserError where there is more."""
+        if self.saved:
+            raise UserError(f"{self.path} holds a run already: choose another --name, or continue it with --resume")
+        if self.record.exists():
+            if not _was_training(self.record):
+                raise UserError(f"{self.path} holds the record of an evaluation: choose another --name")
+            log.info(f"{self.path}: the run there ended before its first checkpoint; this one takes its place")
+        self.metrics.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let others write to the folder."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def newest(self) -> Checkpoint | None:
+        """What the run goes on from; None where it ended before its first checkpoint. UserError if that is lost."""
+        checkpoint = load_newest(self.checkpoints)
+        if checkpoint is None:
+            if self.saved:
+                raise UserError(
+                    f"expected checkpoints in {self.checkpoints} to go on from, found none: --init {self.last_weights}"
+                    " and another --name start from its weights"
+                )
+            log.info(f"{self.path}: the run ended before its first checkpoint; it begins again")
+        return checkpoint
 
     def shards(self, manifest: Manifest) -> Shards:
         """What the run trains on of the store with this manifest. UserError if it began with another store."""
@@ -107,40 +160,45 @@ class RunFolder:
                 f"{self.path} was started with the teachers {', '.join(before)}, found {', '.join(now)} in the store: a"
                 " run continues as it began"
             )
+        self._claim()
         self._track(config)
         record["continued"] = [*record.get("continued", []), _circumstances()]
         write_json(self.record, record)
 
-    def forget_after(self, step: int) -> None:
-        """Drop from the metrics what was done after the step that the run continues from: it is done again."""
+    def forget_after(self, step: int, evaluated_step: int) -> None:
+        """Drop from the metrics what is done again: steps after `step`, which the run continues from, and evaluations
+        after `evaluated_step`, the newest that its checkpoint knows of."""
         if self._writes and self.metrics.exists():
-            kept = [line for line in self._lines() if line["step"] <= step]
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            write_atomically(self.metrics, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            lines = read_metrics(self.metrics)
+            kept = [line for line in lines if line["step"] <= (evaluated_step if "evaluation" in line else step)]
+            write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def last_evaluation(self) -> CocoMetrics:
         """The newest on record. UserError if there is none."""
-        evaluations = [line["evaluation"] for line in self._lines() if "evaluation" in line]
+        evaluations = [line["evaluation"] for line in read_metrics(self.metrics) if "evaluation" in line]
         if not evaluations:
             raise UserError(f"expected an evaluation in {self.metrics}, found none: `evaluate` {self.last_weights}")
         return CocoMetrics(**evaluations[-1])
 
-    def _lines(self) -> list[dict[str, Any]]:
-        """Of metrics.jsonl; a last one that a crash cut off is left out."""
-        lines = []
-        for text in self.metrics.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(text))
-        return lines
-
     def write_metrics(self, line: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, at once: a run that is killed keeps its curve."""
         if self._writes:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with self.metrics.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise unwritable(self.metrics, error) from None
             self._events.add(line)
-            if self._tracker is not None:
+            self._report(line)
+
+    def _report(self, line: dict[str, Any]) -> None:
+        """To the tracker; what fails there does not end the run."""
+        if self._tracker is not None:
+            try:
                 self._tracker.add(line)
+            except Exception as error:
+                self._tracker = None
+                log.warning(f"nothing more is reported to --track ({type(error).__name__}: {error}); the run goes on")
 
     def finish(self, config: TrainConfig) -> None:
         """Note that the run has come to the end that its configuration sets."""
@@ -175,9 +233,31 @@ class RunFolder:
         try:
             record: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
             record["config"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError):
+            if self.saved:
+                raise UserError(
+                    f"{self.record} cannot be read: --init {self.last_weights} and another --name start from"
+                    " its weights"
+                ) from None
             raise UserError(f"expected a run to continue in {self.path}, found none: leave --resume out") from None
         return record
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; one that is being written, or that a crash cut off, is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def _was_training(record: Path) -> bool:
+    """Whether this run.json is of a training, or of nothing any more; else it is of an evaluation."""
+    try:
+        return "config" in json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
 
 
 def record_evaluation(folder: Path, what: str, parameters: int, metrics: CocoMetrics) -> None:
@@ -191,17 +271,13 @@ def record_evaluation(folder: Path, what: str, parameters: int, metrics: CocoMet
     except OSError as error:
         raise UserError(f"{folder} could not be made ({error.strerror}): name another with --record") from None
     line = json.dumps({"step": 0, "epoch": 0, "evaluation": vars(metrics)}) + "\n"
-    write_atomically(folder / METRICS, lambda temporary: temporary.write_text(line, encoding="utf-8"))
+    write_text(folder / METRICS, line)
     write_json(folder / RUN, {"what": what, "parameters": parameters, **_circumstances()})
 
 
 def check_free_of_runs(folder: Path) -> None:
     """UserError where a training run is, which a recorded evaluation must not replace; another evaluation it may."""
-    try:
-        trained = "config" in json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    if trained:
+    if (folder / RUN).exists() and _was_training(folder / RUN):
         raise UserError(f"{folder} holds a training run: name another folder with --record")
 
 

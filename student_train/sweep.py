@@ -37,10 +37,10 @@ import torch
 
 from common.errors import UserError
 from common.runtime import log
-from student_train.checkpoint import checkpoints
 from student_train.config import SweepConfig, TrainConfig
+from student_train.interruption import signals_to_heed
 from student_train.recipe import configured, read_recipe
-from student_train.run_folder import METRICS, RUN, RunFolder
+from student_train.run_folder import RunFolder
 
 POLL_S = 0.2
 
@@ -108,11 +108,9 @@ def read_sweep(path: Path) -> list[TrainConfig]:
 def state_of(config: TrainConfig) -> str:
     """UserError where the run's folder holds one of another configuration."""
     folder = RunFolder(config.output.out / str(config.output.name), writes=True)
-    if not folder.record.exists():
+    if not folder.saved:
         return "new"
-    if folder.is_finished(config):
-        return "finished"
-    return "interrupted" if checkpoints(folder.checkpoints) else "new"
+    return "finished" if folder.is_finished(config) else "interrupted"
 
 
 def flags(config: TrainConfig) -> list[str]:
@@ -135,8 +133,8 @@ def flags(config: TrainConfig) -> list[str]:
 def execute(runs: Sequence[PlannedRun], parallel: int) -> list[str]:
     """Do the runs, `parallel` at a time, each in a process of its own; returns the names of those that failed.
 
-    In parallel, each writes to log.txt in its folder, and has a GPU of its own while there are enough. Ctrl-C and
-    SIGTERM are passed on, once, and waited for: each run saves itself.
+    In parallel, each writes to log.txt in its folder, and has a GPU of its own while there are enough. Ctrl-C,
+    SIGTERM and SIGHUP are passed on, once, and waited for: each run saves itself.
     """
     waiting, failed = deque(runs), []
     running: dict[int, tuple[PlannedRun, subprocess.Popen[bytes]]] = {}
@@ -158,11 +156,8 @@ def execute(runs: Sequence[PlannedRun], parallel: int) -> list[str]:
 
 
 def begin(run: PlannedRun, gpu: str | None, to_file: bool) -> subprocess.Popen[bytes]:
-    """Start a run's process. One that died before its first checkpoint begins anew."""
+    """Start a run's process."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    if run.state == "new":
-        for name in (RUN, METRICS):
-            (run.folder / name).unlink(missing_ok=True)
     environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     command = [sys.executable, "-m", "student_train", *run.arguments]
     log.info(
@@ -176,7 +171,7 @@ def begin(run: PlannedRun, gpu: str | None, to_file: bool) -> subprocess.Popen[b
 
 @contextmanager
 def passing_on(running: Mapping[int, tuple[PlannedRun, subprocess.Popen[bytes]]]) -> Iterator[None]:
-    """Send SIGINT and SIGTERM on to the runs, wait for them, and raise KeyboardInterrupt.
+    """Send what means "stop" on to the runs, wait for them, and raise KeyboardInterrupt.
 
     The runs are in sessions of their own, so that Ctrl-C does not reach them twice, which would be an order to die."""
 
@@ -188,7 +183,7 @@ def passing_on(running: Mapping[int, tuple[PlannedRun, subprocess.Popen[bytes]]]
             process.wait()
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, pass_on) for number in signals_to_heed()}
     try:
         yield
     finally:

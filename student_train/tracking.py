@@ -5,49 +5,69 @@ The event files are for `tensorboard --logdir runs`. Each needs its own package,
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import os
 import re
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from common.errors import UserError
 from common.runtime import log
 
-FLUSH_S = 10  # what a killed run may lose of its curves here; metrics.jsonl loses nothing
 PROJECT = "detrcache"
 
 
 class EventFile:
-    """An event file in a run's folder, opened with the first line of metrics. Without tensorboard it says so, once."""
+    """An event file in a run's folder, opened with the first line of metrics. It is the least that a run writes:
+    without tensorboard, or where it cannot be written, the run says so, once, and goes on.
+
+    TensorBoard's own writer does this on a thread, whose error on a full disk is a traceback.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._writer: Any = None
-        self._missing = False
+        self._file: IO[bytes] | None = None
+        self._given_up = False
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Add one line of metrics.jsonl. A run that goes on hides what an interrupted one did beyond its checkpoint."""
-        if self._writer is None and not self._missing:
-            self._writer = self._open(line["step"])
-        if self._missing:
+        if self._given_up:
             return
-        for tag, value in scalars(line):
-            self._writer.add_scalar(tag, value, line["step"])
-        if "evaluation" in line:
-            self._writer.flush()
-
-    def _open(self, first_step: int) -> Any:
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(line)]
+            if self._file is None:
+                self._file = self._open()
+                self._write(Event(file_version="brain.Event:2"))
+                self._write(Event(step=line["step"], session_log=SessionLog(status=SessionLog.START)))
+            self._write(Event(step=line["step"], summary=Summary(value=values)))
         except ImportError:
-            self._missing = True
+            self._given_up = True
             log.info("no TensorBoard events are written: python -m pip install 'detrcache[tensorboard]' for them")
-            return None
-        return SummaryWriter(  # type: ignore[no-untyped-call]
-            str(self._folder), purge_step=first_step, flush_secs=FLUSH_S
-        )
+        except OSError as error:
+            self._given_up = True
+            log.warning(f"no more TensorBoard events are written to {self._folder}: {error.strerror or error}")
+
+    def _open(self) -> IO[bytes]:
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        return (self._folder / name).open("ab", buffering=0)
+
+    def _write(self, event: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        event.wall_time = time.time()
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        assert self._file is not None
+        if self._file.write(record.getvalue()) < record.tell():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Tracker(Protocol):

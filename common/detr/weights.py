@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from common import categories
 from common.categories import Categories, Outputs, match_outputs
@@ -22,6 +21,7 @@ from common.detr.detector import DeformableDetr
 from common.detr.layouts import LAYOUTS, OWN, Layout, State, from_layout, gather_heads, to_layout
 from common.detr.timm_backbone import PREFIX, build_timm
 from common.errors import UserError
+from common.files import save_tensors
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def save_detector(path: str | Path, model: DeformableDetr, metadata: Mapping[str
     """Write weights and configuration to one safetensors file, which `load_detector` reads; `metadata` goes along."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     config = json.dumps(dataclasses.asdict(model.config))
-    save_file(state, path, metadata={**(metadata or {}), "format": FORMAT, "config": config})
+    save_tensors(path, state, {**(metadata or {}), "format": FORMAT, "config": config})
 
 
 def export_state(model: DeformableDetr, layout: Layout) -> State:
