@@ -103,7 +103,7 @@ def unusual() -> TrainConfig:
                 changed[field] = not value
             elif isinstance(value, (int, float)):
                 changed[field] = value + 1
-            elif "Ints" in kind:
+            elif "Ints" in kind or "Sides" in kind:
                 changed[field] = (64, 96)
             elif "Int" in kind:
                 changed[field] = 64
