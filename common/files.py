@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from common.errors import UserError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from torch import Tensor
 
 LITTLE_BYTES = 2**20  # left on a disk that is called full
@@ -63,16 +62,6 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_figure(path: Path, figure: Figure, dpi: int) -> None:
-    """A picture of the format that the name ends in; makes its folder."""
-
-    def write(temporary: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, dpi=dpi, format=path.suffix.removeprefix(".") or "png")
-
-    write_atomically(path, write)
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -13,7 +13,7 @@ from common.errors import run_command
 from common.evaluate import write_results
 from common.pixel_rule import PixelRule
 from common.runtime import choose_device, log, read_ranks, start_logging
-from student_train import loop
+from student_train import BEGUN_S, loop
 from student_train.compare import draw_curves, read_run, table
 from student_train.config import (
     CompareConfig,
@@ -34,7 +34,7 @@ from student_train.sweep import sweep as run_sweep
 def train(arguments: list[str]) -> None:
     """Train a student; the last line on stdout is its AP."""
     try:
-        metrics = loop.train(parse_train(arguments))
+        metrics = loop.train(parse_train(arguments), BEGUN_S)
     except Interrupted as stopped:
         with contextlib.suppress(OSError):  # of a terminal that is gone
             print(stopped, file=sys.stderr, flush=True)

@@ -30,10 +30,10 @@ from student_train.checkpoint import Checkpoint, save_checkpoint
 from student_train.config import DistillationOptions, TrainConfig
 from student_train.ema import MovingAverage
 from student_train.evaluate import POLICY_KEY, average_precision, detect_split
-from student_train.feed import Feed, TrainingStep
+from student_train.feed import Feed, TrainingStep, Work
 from student_train.interruption import Interrupted, StopRequest
 from student_train.prepare import Data, prepare_data, prepare_feed, prepare_student
-from student_train.progress import Progress, bottleneck, step_record, time_spent
+from student_train.progress import FIRST_STEPS, STEPS_FOR_ADVICE, Account, Progress, bottleneck, step_record, time_spent
 from student_train.run_folder import RunFolder, run_name
 from student_train.selection import Shards, finished_ranges
 from student_train.step import Diverged, Training, agree, is_finite, learning_rate_factor, seed_step, train_step
@@ -41,12 +41,14 @@ from student_train.step import Diverged, Training, agree, is_finite, learning_ra
 Value = TypeVar("Value")
 
 
-def train(config: TrainConfig) -> CocoMetrics:
+def train(config: TrainConfig, begun_s: float | None = None) -> CocoMetrics:
     """Train as configured; returns the last evaluation.
+
+    begun_s: when the command began, by `time.perf_counter`, from which on it says where the time went.
 
     Raises Interrupted, with everything saved, after SIGTERM and Ctrl-C, and Diverged where a loss is not finite.
     """
-    ranks = read_ranks()
+    account, ranks = Account(begun_s), read_ranks()
     start_logging(ranks)
     device = choose_device(config.output.device, ranks)
     start_processes(ranks, device)
@@ -69,7 +71,7 @@ def train(config: TrainConfig) -> CocoMetrics:
             manifest, shards = (None, None) if reader is None else (reader.manifest, finished_ranges(reader))
             folder.start(config, manifest, training.parameters, shards, several(data))
         with StopRequest().listening() as stop:
-            metrics = Run(config, data, training, feed, folder, ranks, stop).to_the_end()
+            metrics = Run(config, data, training, feed, folder, ranks, stop, account).to_the_end()
         folder.finish(config)
         return metrics
     finally:
@@ -157,6 +159,7 @@ class Run:
     folder: RunFolder
     ranks: Ranks
     stop: StopRequest
+    account: Account
 
     @property
     def total_steps(self) -> int:
@@ -171,6 +174,7 @@ class Run:
     def to_the_end(self) -> CocoMetrics:
         """Train and evaluate from where the training stands; returns the last evaluation."""
         log.info(self.description())
+        self.account.started()
         metrics, training = None, self.training
         progress = Progress(self.config.output.log_every, self.ranks.world_size)
         hidden = not self.ranks.is_first or None
@@ -230,7 +234,9 @@ class Run:
         step_s = time.perf_counter() - begun
         training.step, training.step_in_epoch = training.step + 1, step.number + 1
         loss, lr = sum(losses.values()), factor * options.scaled_lr
-        training.totals.add(step, step_s, loss)
+        self.account.add(step, step_s, loss)
+        if self.account.step_count == FIRST_STEPS:
+            self.feed.work = Work()  # what the later steps took
         record = step_record(training.step, training.epoch, step, losses, gradient_norm, step_s, lr, scales)
         self.folder.write_metrics(record)
         return loss, step_s, lr
@@ -246,7 +252,7 @@ class Run:
         if self.stop.requested:
             self.interrupted()
         try:
-            with self.stop.at_once():
+            with self.stop.at_once(), self.account.spent("evaluating"):
                 results = detect_split(
                     training.detector,
                     self.data.val,
@@ -265,7 +271,8 @@ class Run:
         if metrics.ap > training.best_ap or metrics.ap < 0:  # without boxes none is better: the last
             training.best_ap = metrics.ap
             if self.ranks.is_first:
-                self.save_student(self.folder.best_weights)
+                with self.account.spent("saving"):
+                    self.save_student(self.folder.best_weights)
         return metrics
 
     def save(self) -> None:
@@ -284,8 +291,9 @@ class Run:
                 scaler=training.scaler.state_dict(),
                 balance=training.balance.state_dict() if training.balance is not None else None,
             )
-            save_checkpoint(self.folder.checkpoints, checkpoint, self.config.output.keep)
-            self.save_student(self.folder.last_weights)
+            with self.account.spent("saving"):
+                save_checkpoint(self.folder.checkpoints, checkpoint, self.config.output.keep)
+                self.save_student(self.folder.last_weights)
 
     def save_student(self, path: Path) -> None:
         """The student alone; its file says which categories it tells apart, and at what size it was evaluated."""
@@ -333,10 +341,10 @@ class Run:
 
     def summary(self) -> str:
         """What was done, where the time went, what to change, and where the result is."""
-        totals, feed = self.training.totals, self.feed
-        lines = [time_spent(totals)]
-        if totals.steps:
-            lines.append(bottleneck(totals, feed.work, self.config.data.workers))
+        account, feed = self.account, self.feed
+        lines = [time_spent(account)]
+        if account.steps.steps >= STEPS_FOR_ADVICE:
+            lines.append(bottleneck(account.steps, feed.work, self.config.data.workers))
         lines += self.data.train.rule.report()
         if feed.broken:
             lines.append(f"skipped {len(feed.broken)} broken images: {', '.join(sorted(feed.broken))}")

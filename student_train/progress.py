@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from student_train.feed import TrainingStep, Work
 
+FIRST_STEPS = 5  # of a process: they compile kernels, allocate memory and fill caches, as no later one does
+STEPS_FOR_ADVICE = 100  # fewer say little of where the time of a long training goes
 WORTH_MENDING = 0.1  # share of the time that is spent waiting for something
 
 
@@ -40,13 +44,68 @@ class Totals:
         return self.samples / self.whole_s
 
 
+class Account:
+    """Where the seconds of this process went since `begun_s`, a time of `clock`; by default since now.
+
+    steps: those after the first, which rates and advice are taken from.
+    """
+
+    def __init__(self, begun_s: float | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._begun_s = clock() if begun_s is None else begun_s
+        self._spent_s = {"starting": 0.0, "evaluating": 0.0, "saving": 0.0}
+        self._first = Totals()
+        self.steps = Totals()
+
+    def started(self) -> None:
+        """To be called before the first step: what went before was starting."""
+        self._spent_s["starting"] = self._clock() - self._begun_s
+
+    @contextmanager
+    def spent(self, what: str) -> Iterator[None]:
+        """Put the time of this block down as "evaluating" or "saving"."""
+        begun_s = self._clock()
+        try:
+            yield
+        finally:
+            self._spent_s[what] += self._clock() - begun_s
+
+    def add(self, step: TrainingStep, step_s: float, loss: float) -> None:
+        """Put down a step. Waits are the step's own."""
+        (self._first if self._first.steps < FIRST_STEPS else self.steps).add(step, step_s, loss)
+
+    @property
+    def only_first(self) -> bool:
+        """Whether no step after the first ones was put down."""
+        return not self.steps.steps
+
+    @property
+    def step_count(self) -> int:
+        return self._first.steps + self.steps.steps
+
+    def seconds(self) -> dict[str, float]:
+        """What was spent on what; the sum is the time since the account was begun."""
+        named = {
+            "starting": self._spent_s["starting"],
+            "first steps": self._first.whole_s if self._first.steps else 0.0,
+            "computing": self.steps.stepping_s,
+            "waiting for images": self.steps.waiting_for_images_s,
+            "waiting for the cache": self.steps.waiting_for_cache_s,
+            "evaluating": self._spent_s["evaluating"],
+            "saving": self._spent_s["saving"],
+        }
+        return named | {"other": self._clock() - self._begun_s - sum(named.values())}
+
+
 @dataclass
 class Progress:
-    """Totals since the last line of the log; `line` makes the next one of every `every` steps."""
+    """Totals since the last line of the log; `line` makes the next one of every `every` steps. What goes before the
+    end of the first steps is left out of the first line, unless there is nothing else."""
 
     every: int
     world_size: int = 1
     _since: Totals = field(default_factory=Totals)
+    _done: int = 0
 
     def line(
         self,
@@ -63,7 +122,10 @@ class Progress:
         scales: of balanced losses, as of now.
         """
         self._since.add(trained_on, step_s, loss)
+        self._done += 1
         if not self.every or step % self.every:
+            if self._done == FIRST_STEPS:
+                self._since = Totals()
             return None
         since, self._since = self._since, Totals()
         steps = since.steps
@@ -106,43 +168,57 @@ def step_record(
     }
 
 
-def time_spent(totals: Totals) -> str:
-    """Steps, speed, and the shares of computing and waiting."""
-    shares = {
-        "computing": totals.stepping_s,
-        "waiting for images": totals.waiting_for_images_s,
-        "waiting for the cache": totals.waiting_for_cache_s,
-    }
-    times = ", ".join(f"{name} {seconds / totals.whole_s:.0%}" for name, seconds in shares.items())
-    return f"{totals.steps} steps in {totals.whole_s:.1f} s, {totals.samples_per_s:.2f} samples/s ({times})"
+def time_spent(account: Account) -> str:
+    """Steps, the shares of the command's time, and the speed after the first steps."""
+    seconds = account.seconds()
+    whole_s = sum(seconds.values())
+    shares = ", ".join(f"{name} {spent_s / max(1e-9, whole_s):.0%}" for name, spent_s in seconds.items())
+    speed = "" if account.only_first else f", {account.steps.samples_per_s:.2f} samples/s after the first steps"
+    return f"{account.step_count} steps in {whole_s:.1f} s{speed} ({shares})"
 
 
-def bottleneck(totals: Totals, work: Work, workers: int, cores: int | None = None) -> str:
-    """A sentence that names what training waits for most, and what to change. cores: of this machine by default."""
-    cores = cores or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores or os.cpu_count() or 1
-    images, cache = totals.waiting_for_images_s / totals.whole_s, totals.waiting_for_cache_s / totals.whole_s
+def bottleneck(steps: Totals, work: Work, workers: int, cores: int | None = None) -> str:
+    """A sentence that names what the steps wait for most, and what to change.
+
+    work: of the feed's threads, for these steps. cores: of this machine by default.
+    """
+    images, cache = steps.waiting_for_images_s / steps.whole_s, steps.waiting_for_cache_s / steps.whole_s
     if max(images, cache) < WORTH_MENDING:
         return (
-            f"the bottleneck is computing ({totals.stepping_s / totals.whole_s:.0%} of the time): --amp bf16 on a GPU,"
-            " more processes with torchrun, or a smaller student would be faster"
+            f"the bottleneck is computing ({steps.stepping_s / steps.whole_s:.0%} of the steps' time): --amp bf16 on a"
+            " GPU, more processes with torchrun, or a smaller student would be faster"
         )
     if cache > images:
         speed = work.cache_bytes / max(1e-9, work.reading_cache_s) / 1e6
         return (
-            f"the bottleneck is the disk of the store ({cache:.0%} of the time went by waiting for the cache, which was"
-            f" read at {speed:.0f} MB/s): keep the store on a faster disk (a bucket's on --local-cache), or make it"
-            " smaller with `python -m teacher_dump transcode`"
+            f"the bottleneck is the disk of the store ({cache:.0%} of the steps' time went by waiting for the cache,"
+            f" which was read at {speed:.0f} MB/s): keep the store on a faster disk (a bucket's on --local-cache), or"
+            " make it smaller with `python -m teacher_dump transcode`"
         )
+    return _bottleneck_of_images(images, work, workers, _usable_cores() if cores is None else cores)
+
+
+def _bottleneck_of_images(share: float, work: Work, workers: int, cores: int) -> str:
     count = max(1, work.images)
     reading_ms, decoding_ms = 1e3 * work.reading_images_s / count, 1e3 * work.decoding_s / count
     measured = (
-        f"({images:.0%} of the time went by waiting for images; reading one took {reading_ms:.1f} ms, decoding and"
-        f" resizing it {decoding_ms:.1f} ms)"
+        f"({share:.0%} of the steps' time went by waiting for images; reading one took {reading_ms:.1f} ms, decoding"
+        f" and resizing it {decoding_ms:.1f} ms)"
     )
     if reading_ms > decoding_ms:
         return f"the bottleneck is the disk of the images {measured}: keep them on a faster disk, or raise --workers"
     if workers < cores:
-        advice = f"raise --workers from {workers} towards the {cores} cores there are"
-    else:
-        advice = f"--workers {workers} use all {cores} cores there are: more cores, or smaller --sizes, would be faster"
-    return f"the bottleneck is decoding {measured}: {advice}"
+        return (
+            f"the bottleneck is decoding {measured}: raise --workers from {workers} towards the {cores} cores there are"
+        )
+    return (
+        f"the bottleneck is decoding {measured}: --workers {workers} use all {cores} cores there are: more cores, or"
+        " smaller --sizes, would be faster"
+    )
+
+
+def _usable_cores() -> int:
+    """Those that this process may run on, where the system says."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from student_train.ema import MovingAverage
 from student_train.feed import TrainingStep
 from student_train.model import StudentInTraining
 from student_train.objective import add_up, separate_losses
-from student_train.progress import Totals
 from student_train.step_counts import StepCounts, own_counts
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,7 +51,6 @@ class Training:
     step: int = 0
     evaluated_step: int = -1
     best_ap: float = -math.inf
-    totals: Totals = field(default_factory=Totals)
 
     @property
     def detector(self) -> DeformableDetr:

@@ -71,7 +71,9 @@ def test_the_command_trains_from_the_cache_alone(folder: Path, tmp_path: Path) -
     printed = ended.stdout
     assert ended.returncode == 0, printed
     assert printed.splitlines()[-1].startswith("AP ")
-    assert "the bottleneck is" in printed
+    assert "3 steps in " in printed
+    assert "first steps " in printed
+    assert "the bottleneck is" not in printed  # three steps say nothing
     assert "step 2/3  loss" in printed
     names = {"best.safetensors", "last.safetensors", "checkpoints", "metrics.jsonl", "run.json"}
     assert {path.name for path in (tmp_path / "run").iterdir()} >= names
