@@ -46,7 +46,7 @@ def read_recipe(path: Path, resume: bool = False) -> dict[str, Any]:
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise UserError(f"expected a recipe at {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         kind = "json" if path.suffix == ".json" else "TOML"
         raise UserError(f"{path}: expected {kind}, found a mistake: {str(error).splitlines()[0]}") from None
     if path.suffix != ".json":
@@ -75,6 +75,8 @@ def configured(defaults: Config, values: Mapping[str, Any], source: str) -> Conf
 
     def take(name: str, value: Any, table: str | None = None) -> None:
         field = name.replace("-", "_")
+        if table is None and field in groups:
+            raise UserError(f"{source}: expected one table [{name}], found {value!r}")
         known = [other for other, group in group_of.items() if table in (None, group)]
         if field not in known:
             if table is None:
@@ -98,11 +100,20 @@ def configured(defaults: Config, values: Mapping[str, Any], source: str) -> Conf
 def _typed(group: Any, field: str, value: Any, place: str) -> Any:
     kind = get_type_hints(type(group), include_extras=True)[field]
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(value, default=str), strict=True)
+        text = json.dumps(value, default=str)
+        typed = TypeAdapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         reason = first["msg"][0].lower() + first["msg"][1:]
         raise UserError(f"{place} = {value!r}: {reason}") from None
+    except RecursionError:
+        raise UserError(f"{place}: expected a plain value, found lists within lists too deep to read") from None
+    for number in typed if isinstance(typed, tuple) else (typed,):
+        if isinstance(number, float | int) and not abs(number) < 2**63:  # NaN is in no range
+            raise UserError(f"{place} = {value!r}: expected a finite number, and fewer than 64 bits")
+    if "\\u0000" in text:
+        raise UserError(f"{place} = {value!r}: expected text without zero bytes")
+    return typed
 
 
 def _spelt(field: str, like: str) -> str:

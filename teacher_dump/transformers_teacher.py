@@ -7,10 +7,10 @@ that work at one size, its resizing (docs/teachers.md). Nothing is downloaded.
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor
 from common.cache.schema import TeacherInfo
 from common.categories import from_transformers, match_outputs
 from common.coco import Annotations
+from common.detr.checkpoint_files import read_checkpoint, read_json, weight_files
 from common.errors import UserError
 from common.geometry import level_shapes, token_positions_in_batch
 from common.images import IMAGENET_MEAN, IMAGENET_STD, collate
@@ -167,10 +168,25 @@ def sigmoid_logits(logits: Tensor) -> Tensor:
 def read_preprocessing(folder: Path, family: Family, size: tuple[int, int] | None = None) -> Preprocessing:
     """What preprocessor_config.json asks for, the family's usual values where it says nothing."""
     path = folder / PREPROCESSOR
+    settings = read_json(path) if path.is_file() else {}
     try:
-        settings: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path}: expected json, found: {error}") from None
+        found = _preprocessing(settings, family, size)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{path}: expected an image processor's settings, found others ({error})") from None
+    finite = all(map(math.isfinite, (*found.mean, *found.std)))
+    if len(found.mean) != 3 or len(found.std) != 3 or not finite or min(found.std) <= 0:
+        raise UserError(
+            f"{path}: expected three means and three positive deviations, found {found.mean} and {found.std}"
+        )
+    if found.size is not None and not all(32 <= side <= 4096 for side in found.size):
+        raise UserError(
+            f"{path}: expected sides of 32 to 4096 pixels for the teacher's input, found {found.size}: name others with"
+            " --teacher-size"
+        )
+    return found
+
+
+def _preprocessing(settings: Mapping[str, Any], family: Family, size: tuple[int, int] | None) -> Preprocessing:
     mean, std = family.mean, family.std
     if settings:
         plain = not settings.get("do_normalize", family.mean != (0.0, 0.0, 0.0))
@@ -209,22 +225,23 @@ def find_model(name: str) -> Path:
 def load_model(folder: Path) -> tuple[Model, list[str]]:
     """The model in evaluation mode, without gradients, and the names of the weights that the checkpoint lacks."""
     transformers = import_transformers()
-    try:
-        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: expected json, found: {error}") from None
-    if model_type not in FAMILIES:
+    config = read_json(folder / "config.json")
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
             f"expected a teacher of one of the families {', '.join(FAMILIES)}, found {model_type!r} in"
             f" {folder / 'config.json'}"
         )
     with _quiet(transformers):
         try:
+            _check_size(folder, config, transformers)
             model, report = transformers.AutoModelForObjectDetection.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
+                folder, local_files_only=True, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
             )
-        except (OSError, ImportError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except UserError:
+            raise
+        except Exception as error:  # a configuration can make its model's code fail in any way
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{folder} cannot be loaded as a {model_type} model: {reason}") from None
     missing = sorted(report["missing_keys"])
     last = f".{model.config.decoder_layers - 1}."
@@ -236,6 +253,41 @@ def load_model(folder: Path) -> tuple[Model, list[str]]:
             f" first is {essential[0]}: it is no trained detector of this configuration"
         )
     return model.eval().requires_grad_(False), missing
+
+
+def _check_size(folder: Path, config: Mapping[str, Any], transformers: Any) -> None:
+    """UserError where the configuration asks for a much larger model than the weights are of, before it is built."""
+    state: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        state |= read_checkpoint(file).state
+    for name, number in _numbers(config):
+        if re.search("layers|depths|blocks|levels", name) and number > len(state):
+            raise UserError(
+                f"{folder / 'config.json'}: expected a model of the {len(state)} tensors beside it, found {name} of"
+                f" {number}: copy the folder again"
+            )
+    with torch.device("meta"):
+        described = transformers.AutoModelForObjectDetection.from_config(
+            transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        )
+    asked, found = (sum(t.numel() for t in tensors.values()) for tensors in (described.state_dict(), state))
+    if asked > 2 * found + 1_000_000:  # heads may be shared, or left out
+        raise UserError(
+            f"{folder / 'config.json'}: expected a model of the {found} numbers in the weights beside it, found one of"
+            f" {asked}: copy the folder again"
+        )
+
+
+def _numbers(values: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """Every whole number in json, with the name that it or its list goes by."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from _numbers(value, key)
+    elif isinstance(values, list):
+        for value in values:
+            yield from _numbers(value, name)
+    elif isinstance(values, int) and not isinstance(values, bool):
+        yield name, values
 
 
 def import_transformers() -> Any:

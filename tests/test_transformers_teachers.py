@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -328,6 +330,65 @@ def test_what_cannot_be_a_teacher_is_refused_in_one_line(annotations: Annotation
         with pytest.raises(UserError, match=message) as caught:
             load_transformers_teacher(f"hf:{name}", annotations, device)
         assert "\n" not in str(caught.value)
+
+
+def test_folders_made_to_do_harm(annotations: Annotations, tmp_path: Path) -> None:
+    """Configurations of far larger models than their weights, and weights and settings that are none: one line each,
+    and the process grows by less than 1 GB over the lot."""
+    whole = tmp_path / "whole"
+    save(build("detr", CLASSES), whole, "detr")
+    config = json.loads((whole / "config.json").read_text())
+    backbone = config["backbone_config"]
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"num_queries": 10**9}, "expected a model of the"),
+        ({"decoder_layers": 10**6}, "found decoder_layers of 1000000"),
+        ({"d_model": 2**20}, "expected a model of the"),
+        ({"encoder_ffn_dim": 10**10}, "expected a model of the"),
+        ({"d_model": "many"}, "cannot be loaded as a detr model"),
+        ({"backbone_config": {**backbone, "depths": [1, 10**7, 1, 1]}}, "found depths of 10000000"),
+        ({"backbone_config": {**backbone, "hidden_sizes": [2**20] * 4}}, "expected a model of the"),
+        ({"model_type": ["detr"]}, "one of the families"),
+    ]
+    preprocessors = [
+        ({"size": {"height": 10**9, "width": 10**9}}, "sides of 32 to 4096"),
+        ({"size": {"height": "x", "width": 3}}, "expected an image processor's settings"),
+        ({"image_mean": "abc"}, "expected an image processor's settings"),
+        ({"image_std": [1.0]}, "three positive deviations"),
+        ({"image_std": [0.0, 1.0, 1.0]}, "three positive deviations"),
+        ({"rescale_factor": 0}, "expected an image processor's settings"),
+    ]
+    contents = {
+        "model.safetensors": (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+        "pytorch_model.bin": (b"PK\x03\x04broken", "was the copy cut short?"),
+        "model.safetensors.index.json": (
+            b'{"weight_map": {"a": "../whole/model.safetensors"}}',
+            "files of this folder",
+        ),
+        "pytorch_model.bin.index.json": (b'{"weight_map": {"a": "part-1.bin"}}', "found 1 of 1 missing"),
+    }
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def refused(folder: Path, message: str) -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            load_transformers_teacher(f"hf:{folder}", annotations, torch.device("cpu"))
+        assert str(caught.value).isprintable()
+
+    for number, (change, message) in enumerate(cases):
+        folder = Path(shutil.copytree(whole, tmp_path / f"config_{number}"))
+        (folder / "config.json").write_text(json.dumps(config | change))
+        refused(folder, message)
+    for number, (settings, message) in enumerate(preprocessors):
+        folder = Path(shutil.copytree(whole, tmp_path / f"pixels_{number}"))
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+        refused(folder, message)
+    for name, (content, message) in contents.items():
+        (tmp_path / f"with_{name}").mkdir()
+        shutil.copy(whole / "config.json", tmp_path / f"with_{name}")
+        (tmp_path / f"with_{name}" / name).write_bytes(content)
+        refused(tmp_path / f"with_{name}", message)
+    (whole / "config.json").write_text('{"a":' + "[" * 100_000)
+    refused(whole, "expected json")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # KB
 
 
 def test_the_fingerprint_follows_weights_and_preprocessing(annotations: Annotations, tmp_path: Path) -> None:
