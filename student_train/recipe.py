@@ -75,10 +75,10 @@ def configured(defaults: Config, values: Mapping[str, Any], source: str) -> Conf
 
     def take(name: str, value: Any, table: str | None = None) -> None:
         field = name.replace("-", "_")
-        if table is None and field in groups:
-            raise UserError(f"{source}: expected one table [{name}], found {value!r}")
         known = [other for other, group in group_of.items() if table in (None, group)]
         if field not in known:
+            if table is None and field in groups:
+                raise UserError(f"{source}: expected one table [{name}], found {value!r}")
             if table is None:
                 known += list(groups)
             nearest = difflib.get_close_matches(field, known, n=1, cutoff=0.0)[0]
