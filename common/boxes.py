@@ -78,4 +78,4 @@ def _widen(boxes: Tensor) -> Tensor:
 
 
 def _between(values: Tensor, high: float | Tensor) -> Tensor:
-    return values.clamp(min=0).minimum(torch.as_tensor(high, dtype=values.dtype, device=values.device))
+    return values.clamp(min=0).minimum(high.to(values)) if isinstance(high, Tensor) else values.clamp(min=0, max=high)

@@ -6,6 +6,9 @@ and one call solves them all. A matching is written in two ways:
 
 - `matched` (B, L, G) int64: the query of each ground-truth box, -1 where the box is padding or got no query;
 - `assignment` (B, L, Q) int64: the ground-truth box of each query, -1 where it got none (what the cache stores).
+
+Both are on the host, which solves the matching, whatever device the predictions are on: so is everything that tells how
+many boxes and pairs there are, and no size is ever asked of a GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch.nn.functional import softplus
 
 from common.boxes import cxcywh_to_xyxy, pairwise_generalized_iou
 from common.records import Targets
-from kernels import hungarian
+from kernels import hungarian, to_device
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class PaddedTargets:
     """Ground truth of a batch, padded to its largest count G.
 
     boxes_cxcywh: (B, G, 4) float, a harmless box in the middle where padded. labels: (B, G) int64, 0 where padded.
-    valid: (B, G) bool, False where padded.
+    valid: (B, G) bool, False where padded, on the host.
     """
 
     boxes_cxcywh: Tensor
@@ -56,16 +59,15 @@ class Pairs(NamedTuple):
     box: Tensor
 
 
-def pad_targets(targets: list[Targets]) -> PaddedTargets:
-    """Pad the ground truth of B samples to their largest count, which may be 0."""
-    device = targets[0].labels.device
+def pad_targets(targets: list[Targets], device: torch.device) -> PaddedTargets:
+    """Pad the ground truth of B samples, which is on the host, to their largest count, which may be 0."""
     counts = torch.tensor([len(target.labels) for target in targets])
-    valid = (torch.arange(int(counts.max())) < counts[:, None]).to(device)
-    boxes_cxcywh = torch.full((*valid.shape, 4), 0.5, device=device)
-    labels = torch.zeros(valid.shape, dtype=torch.int64, device=device)
+    valid = torch.arange(int(counts.max())) < counts[:, None]
+    boxes_cxcywh = torch.full((*valid.shape, 4), 0.5)
+    labels = torch.zeros(valid.shape, dtype=torch.int64)
     boxes_cxcywh[valid] = torch.cat([target.boxes_cxcywh for target in targets]).float()
     labels[valid] = torch.cat([target.labels for target in targets])
-    return PaddedTargets(boxes_cxcywh, labels, valid)
+    return PaddedTargets(to_device(boxes_cxcywh, device), to_device(labels, device), valid)
 
 
 def focal_class_cost(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
@@ -115,7 +117,7 @@ def assign_queries(
 
     logits: (B, L, Q, K) before the sigmoid. boxes_cxcywh: (B, L, Q, 4) in 0..1. A sample without boxes gives -1 only.
     """
-    padded = pad_targets(targets)
+    padded = pad_targets(targets, logits.device)
     cost = detection_cost(logits, boxes_cxcywh, padded, weights)
     return boxes_of_queries(hungarian(cost, column_mask=padded.valid.unsqueeze(1)), queries=logits.shape[2])
 
@@ -136,7 +138,7 @@ def queries_of_boxes(assignment: Tensor, boxes: int) -> Tensor:
     return matched[..., :boxes]
 
 
-def pairs_of(matched: Tensor) -> Pairs:
-    """The pairs of `matched` (B, L, G), box by box, as indices into (B, L, Q, ...) and (B, L, G, ...)."""
+def pairs_of(matched: Tensor, device: torch.device) -> Pairs:
+    """The pairs of `matched` (B, L, G), box by box, as indices into (B, L, Q, ...) and (B, L, G, ...) on a device."""
     sample, layer, box = (matched >= 0).nonzero(as_tuple=True)
-    return Pairs(sample, layer, matched[sample, layer, box], box)
+    return Pairs(*to_device(torch.stack((sample, layer, matched[sample, layer, box], box)), device))

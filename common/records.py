@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 LevelShapes = list[tuple[int, int]]  # (height, width) of each feature level, fine to coarse
@@ -55,13 +54,10 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Targets:
-    """Ground truth of one sample: boxes_cxcywh (G, 4) float32 and labels (G,) int64, on one device."""
+    """Ground truth of one sample: boxes_cxcywh (G, 4) float32 and labels (G,) int64, on the host."""
 
     boxes_cxcywh: Tensor
     labels: Tensor
-
-    def to(self, device: torch.device | str) -> Targets:
-        return Targets(self.boxes_cxcywh.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -117,6 +113,8 @@ class CachedBatch:
     neck (T, C), neck_scales, neck_channel_scale and so on: the encoder's input, as tokens is its output;
     neck_weights (T,) float32, the weight map of the released code. None unless the store holds them, with all tokens.
     A field that the store does not hold, or that was left out when reading, has no rows.
+
+    token_offsets, level_shapes, level_strides and assignment are always on the host, which has to know them.
     """
 
     tokens: Tensor

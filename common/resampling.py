@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.records import LevelShapes
+from kernels import to_device
 
 MATCH_OCTAVES = 0.5  # levels whose strides differ by more than a factor of 2^0.5 see other things
 
@@ -78,9 +79,9 @@ def bilinear_corners(
     no padding is mixed in.
     """
     device = centres_px.device
-    shapes = torch.tensor(batch_shapes, device=device)
+    shapes = to_device(torch.tensor(batch_shapes), device)
     starts = torch.cat((shapes.new_zeros(1), shapes.prod(dim=1).cumsum(0)[:-1]))
-    stride = torch.tensor(list(strides), dtype=centres_px.dtype, device=device)[levels].unsqueeze(1)
+    stride = to_device(torch.tensor(list(strides), dtype=centres_px.dtype), device)[levels].unsqueeze(1)
     last = valid_shapes - 1
     cells = (centres_px / stride - 0.5).clamp(min=0).minimum(last.to(centres_px.dtype))
     low = cells.floor().long()

@@ -14,6 +14,7 @@ from common.boxes import cxcywh_to_xyxy, pairwise_iou
 from common.geometry import token_count
 from common.matching import assign_queries, pad_targets
 from common.records import LevelShapes, Targets
+from kernels import to_device
 
 QUALITY_EXPONENT = 0.5  # gamma of the paper's quality; its value could not be checked against the paper's text
 
@@ -23,7 +24,8 @@ LEAST_MASK = 1e-2
 
 
 def assignment_and_quality(logits: Tensor, boxes_cxcywh: Tensor, targets: list[Targets]) -> tuple[Tensor, Tensor]:
-    """The teacher's own assignment (B, L, Q) int64 (-1 for none) and the quality (B, L, Q) of its predictions.
+    """The teacher's own assignment (B, L, Q) int64 (-1 for none), on the host, and the quality (B, L, Q) of its
+    predictions.
 
     logits (B, L, Q, K) before the sigmoid, boxes_cxcywh (B, L, Q, 4).
     """
@@ -37,9 +39,10 @@ def prediction_quality(logits: Tensor, boxes_cxcywh: Tensor, assignment: Tensor,
     Score: the sigmoid score of the assigned box's class; IoU: with the assigned box (DETRDistill, arXiv 2211.10156,
     section 3.3, g = .5).
     """
-    padded = pad_targets(targets)
+    padded = pad_targets(targets, logits.device)
     if not padded.labels.shape[1]:
         return logits.new_zeros(assignment.shape)
+    assignment = to_device(assignment, logits.device)
     box = assignment.clamp(min=0)  # (B, L, Q); what unassigned queries pick up is masked at the end
     sample = torch.arange(len(targets), device=box.device)[:, None, None]
     score = logits.sigmoid().gather(-1, padded.labels[sample, box].unsqueeze(-1)).squeeze(-1)

@@ -18,6 +18,7 @@ from common.geometry import level_shapes, token_positions_in_batch
 from common.images import collate, normalise
 from common.records import LevelShapes, Targets
 from common.targets import assignment_and_quality, released_token_weights, token_weights
+from kernels import to_device
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Answer:
     """All that the losses need of one sample, before anything is left out or rounded.
 
     memory (T, C) and weights (T,), its weight map; neck (T, C) and neck_weights (T,), None where they were not asked
-    for. queries (L, Q, C), logits (L, Q, K), boxes_cxcywh (L, Q, 4), quality (L, Q), assignment (L, Q) int64.
+    for. queries (L, Q, C), logits (L, Q, K), boxes_cxcywh (L, Q, 4), quality (L, Q), assignment (L, Q) int64,
+    the latter on the host.
     """
 
     memory: Tensor
@@ -78,16 +80,17 @@ def answers(
 
     grids: the shapes of each sample's own feature levels. with_neck: also the neck's features and their weight map.
     """
-    truth = [target.to(output.logits.device) for target in targets]
-    assignment, quality = assignment_and_quality(output.logits, output.boxes_cxcywh, truth)
+    device = output.logits.device
+    assignment, quality = assignment_and_quality(output.logits, output.boxes_cxcywh, list(targets))
     found = []
-    for index, (target, grid) in enumerate(zip(truth, grids, strict=True)):
+    for index, (target, grid) in enumerate(zip(targets, grids, strict=True)):
         queries, logits, boxes_cxcywh = (x[index] for x in (output.queries, output.logits, output.boxes_cxcywh))
         memory, neck, neck_weights = output.memory[index], None, None
         if with_neck:
             assert output.neck is not None, "asked for the neck of a teacher that has none"
             neck = output.neck[index]
-            neck_weights = released_token_weights(queries, neck, logits, boxes_cxcywh, target.boxes_cxcywh, grid)
+            target_boxes_cxcywh = to_device(target.boxes_cxcywh, device)
+            neck_weights = released_token_weights(queries, neck, logits, boxes_cxcywh, target_boxes_cxcywh, grid)
         weights = token_weights(queries, memory, quality[index])
         found.append(
             Answer(
@@ -140,7 +143,9 @@ def run_detector(model: DeformableDetr, columns: Sequence[int], images: Sequence
     nothing = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
     batch = collate([(image, nothing) for image in images])
     sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]
-    return detector_output(model, columns, batch.images.to(device), batch.padding_mask.to(device), sizes)
+    return detector_output(
+        model, columns, to_device(batch.images, device), to_device(batch.padding_mask, device), sizes
+    )
 
 
 @torch.no_grad()  # not inference_mode: a live teacher's tokens become part of the student's graph
@@ -158,11 +163,11 @@ def detector_output(
     """
     output = model(images, padding_mask)
     grids = [level_shapes(height, width, model.strides) for height, width in sizes]
-    positions = [token_positions_in_batch(grid, output.level_shapes).to(images.device) for grid in grids]
+    positions = [to_device(token_positions_in_batch(grid, output.level_shapes), images.device) for grid in grids]
     return TeacherOutput(
         memory=[tokens[position] for tokens, position in zip(output.memory, positions, strict=True)],
         queries=output.queries,
-        logits=output.logits[..., list(columns)],
+        logits=output.logits[..., to_device(torch.tensor(list(columns)), images.device)],
         boxes_cxcywh=output.boxes_cxcywh,
         neck=[tokens[position] for tokens, position in zip(output.neck, positions, strict=True)],
     )

@@ -10,6 +10,7 @@ from kernels.feature_loss import cached_feature_loss
 from kernels.feature_loss_reference import decode_tokens
 from kernels.matching import Matching, hungarian, hungarian_start
 from kernels.nearest_codes import nearest_codes
+from kernels.transfer import to_device
 
 __all__ = [
     "Matching",
@@ -19,6 +20,7 @@ __all__ = [
     "hungarian",
     "hungarian_start",
     "nearest_codes",
+    "to_device",
 ]
 
 if not TYPE_CHECKING:

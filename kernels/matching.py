@@ -23,8 +23,9 @@ def hungarian(costs: Tensor, row_mask: Tensor | None = None, column_mask: Tensor
 
     costs: (..., N, G), any floating dtype and device; the leading dimensions are typically (layers, images).
     row_mask: (..., N) and column_mask: (..., G) bool, True where the row or column takes part; they broadcast over the
-    leading dimensions. Returns (..., G) int64 on the costs' device: -1 where the column is masked or, with fewer rows
-    than columns, left over. The costs of masked rows and columns may be anything.
+    leading dimensions, and are best on the host, wherever the costs are. Returns (..., G) int64 on the host: -1 where
+    the column is masked or, with fewer rows than columns, left over. The costs of masked rows and columns may be
+    anything.
 
     The matrices go to the host in one transfer and are solved exactly by scipy's `linear_sum_assignment`, which
     releases the GIL, on `torch.get_num_threads()` threads, the caller's among them.
@@ -52,15 +53,14 @@ class Matching:
     _errors: dict[int, Exception]
     _matched: npt.NDArray[np.int64]
     _leading: torch.Size
-    _device: torch.device
 
     def result(self) -> Tensor:
-        """(..., G) int64, and the errors, of `hungarian`."""
+        """(..., G) int64 on the host, and the errors, of `hungarian`."""
         self._solve()
         self._done.wait()
         if self._errors:
             raise self._errors[min(self._errors)]
-        return torch.from_numpy(self._matched).view(*self._leading, self._matched.shape[1]).to(self._device)
+        return torch.from_numpy(self._matched).view(*self._leading, self._matched.shape[1])
 
 
 def _start(costs: Tensor, row_mask: Tensor | None, column_mask: Tensor | None, helpers: int) -> Matching:
@@ -97,7 +97,7 @@ def _start(costs: Tensor, row_mask: Tensor | None, column_mask: Tensor | None, h
                 done.set()
 
     HELPERS.start(min(helpers, count), solve)
-    return Matching(solve, done, errors, matched, leading, costs.device)
+    return Matching(solve, done, errors, matched, leading)
 
 
 def _solve_one(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kernels import to_device
 from student_train.config import LossWeights
 from student_train.objective import LessonLosses, Losses
 
@@ -88,7 +89,10 @@ class Balance:
         squares = torch.zeros(len(self.teachers), len(self.losses), 2, dtype=torch.float64, device=neck.device)
         of_detection = squared(own)
         for lesson, losses in taught:
-            detection = (of_detection if lesson.samples is None else of_detection[lesson.samples]).sum()
+            taught_here = of_detection
+            if lesson.samples is not None:
+                taught_here = of_detection[to_device(lesson.samples, neck.device)]
+            detection = taught_here.sum()
             for place, kind in enumerate(self.losses):
                 weight = getattr(self.weights, kind) * lesson.weight
                 of_loss = squared({n: loss for n, loss in losses.items() if _kind(n) == kind}).sum() / weight**2

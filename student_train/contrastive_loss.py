@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+from kernels import to_device
+
 WIDTH = 512
 TEMPERATURE = 0.07
 
@@ -32,16 +34,18 @@ def contrastive_loss(
     -log(exp(t_i . s_i / tau) / sum_j exp(t_i . s_j / tau)), tau = .07.
 
     s and t are the queries through their heads, of unit length. student_queries: (B, L, Q, C) and teacher_queries:
-    (B, L, Q_T, C_T), the decoder's output. matched: (B, L, N), the student's query of each of the teacher's, -1 for
-    none. index: (B, L, N), which of the teacher's queries that is. A layer with less than two pairs has nothing to
-    contrast and adds 0.
+    (B, L, Q_T, C_T), the decoder's output. matched: (B, L, N), on the host, the student's query of each of the
+    teacher's, -1 for none. index: (B, L, N), which of the teacher's queries that is. A layer with less than two pairs
+    has nothing to contrast and adds 0.
     """
     loss = torch.stack([parameter.sum() for parameter in heads.parameters()]).sum() * 0  # every rank has the same graph
     for layer in range(matched.shape[1]):
         sample, column = (matched[:, layer] >= 0).nonzero(as_tuple=True)
         if len(sample) < 2:
             continue
-        student = heads.student(student_queries[sample, layer, matched[sample, layer, column]].float())
+        pairs = torch.stack((sample, column, matched[sample, layer, column]))
+        sample, column, query = to_device(pairs, student_queries.device)
+        student = heads.student(student_queries[sample, layer, query].float())
         teacher = heads.teacher(teacher_queries[sample, layer, index[sample, layer, column]].float())
         similarity = normalize(teacher.float(), dim=-1) @ normalize(student.float(), dim=-1).T
         loss = loss + cross_entropy(similarity / TEMPERATURE, torch.arange(len(sample), device=similarity.device))

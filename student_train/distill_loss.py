@@ -18,7 +18,7 @@ from common.cache.codec import decode_logits
 from common.matching import BoxWeights, box_cost, finite_cost, pairs_of, queries_of_boxes
 from common.records import CachedBatch
 from common.runtime import mean_over_ranks
-from kernels import hungarian, hungarian_start
+from kernels import hungarian, hungarian_start, to_device
 from student_train.set_loss import box_losses, queries_at
 from student_train.step_counts import StepCounts
 
@@ -29,8 +29,8 @@ SOFT_WEIGHTS = BoxWeights(classes=1.0, l1=5.0, giou=2.0)  # the released configu
 class TeacherQueries:
     """Some of the teacher's predictions, as the columns N of a matching.
 
-    logits: (B, L, N, K) before the sigmoid. boxes_cxcywh: (B, L, N, 4). valid: (B, L, N) bool, False where padded.
-    index: (B, L, N) int64, which of the teacher's Q queries each is.
+    logits: (B, L, N, K) before the sigmoid. boxes_cxcywh: (B, L, N, 4). valid: (B, L, N) bool on the host, False where
+    padded. index: (B, L, N) int64, which of the teacher's Q queries each is.
     """
 
     logits: Tensor
@@ -49,9 +49,11 @@ def at_student_layers(cached: CachedBatch, layers: int) -> CachedBatch:
     cached = replace(cached, logits=decode_logits(cached.logits))
     if cached.logits.shape[1] == layers:
         return cached
-    index = torch.tensor(map_layers(layers, cached.logits.shape[1]), device=cached.logits.device)
+    chosen = map_layers(layers, cached.logits.shape[1])
     names = ("queries", "logits", "boxes_cxcywh", "quality", "assignment")
-    return replace(cached, **{name: getattr(cached, name).index_select(1, index) for name in names})
+    return replace(
+        cached, **{name: torch.stack([getattr(cached, name)[:, layer] for layer in chosen], 1) for name in names}
+    )
 
 
 # Which of the teacher's queries are distilled ------------------------------------------------------------------------
@@ -60,7 +62,7 @@ def at_student_layers(cached: CachedBatch, layers: int) -> CachedBatch:
 def positive_queries(cached: CachedBatch, boxes: int) -> TeacherQueries:
     """`paper`: the queries that the teacher's own matching gave a box, one column for each of G = `boxes`."""
     matched = queries_of_boxes(cached.assignment, boxes)
-    index, valid = matched.clamp(min=0), matched >= 0
+    index, valid = to_device(matched.clamp(min=0), cached.logits.device), matched >= 0
     return TeacherQueries(_gather(cached.logits, index), _gather(cached.boxes_cxcywh, index), valid, index)
 
 
@@ -78,7 +80,7 @@ def all_queries(cached: CachedBatch) -> TeacherQueries:
 
 def _own_index(cached: CachedBatch) -> Tensor:
     queries = cached.assignment.shape[2]
-    return torch.arange(queries, device=cached.assignment.device).expand_as(cached.assignment)
+    return torch.arange(queries, device=cached.logits.device).expand(cached.assignment.shape)
 
 
 def _gather(values: Tensor, index: Tensor) -> Tensor:
@@ -115,15 +117,16 @@ def unmatched_queries(matched: Tensor, queries: int) -> Tensor:
     return free.scatter_(-1, matched.where(matched >= 0, queries), False)[..., :queries]
 
 
-def pair_counts(matched: Tensor) -> Tensor:
+def pair_counts(matched: Tensor, device: torch.device) -> Tensor:
     """Pairs (L,) of each decoder layer in the batch of a rank, on average over ranks, and at least 1."""
-    return mean_over_ranks((matched >= 0).sum(dim=(0, 2)).float()).clamp(min=1)
+    return mean_over_ranks(to_device((matched >= 0).sum(dim=(0, 2)).float(), device)).clamp(min=1)
 
 
 def match_queries(
     logits: Tensor, boxes_cxcywh: Tensor, cached: CachedBatch, boxes: int, mode: Literal["paper", "released"]
 ) -> tuple[TeacherQueries, Tensor]:
-    """The teacher's queries that are distilled in class and box, and the student's query (B, L, N) of each, or -1.
+    """The teacher's queries that are distilled in class and box, and the student's query (B, L, N) of each, or -1,
+    on the host.
 
     `paper`: those that have a ground-truth box. `released`: all. Arguments as in `logits_losses`.
     """
@@ -162,7 +165,7 @@ def logits_losses(
             place_cost(boxes_cxcywh, negatives), unmatched_queries(matched, logits.shape[2]), negatives.valid
         )
     if step is None:
-        counts = pair_counts(matched)
+        counts = pair_counts(matched, logits.device)
     else:
         counts = (step.positives if mode == "paper" else step.pairs).expand(logits.shape[1])
     losses = {
@@ -171,7 +174,7 @@ def logits_losses(
     }
     if mode == "paper":
         matched = matching.result()
-        counts = pair_counts(matched) if step is None else step.negatives.expand(logits.shape[1])
+        counts = pair_counts(matched, logits.device) if step is None else step.negatives.expand(logits.shape[1])
         losses["place"] = soft_box_loss(boxes_cxcywh, negatives, matched, counts)
     return losses
 
@@ -186,12 +189,12 @@ def soft_class_loss(
     `unmatched_are_empty` (`released`): student queries without a partner are taught score 0 in every class.
     """
     logits = logits.float()
-    pairs = pairs_of(matched)
+    pairs = pairs_of(matched, logits.device)
     scores = teacher.logits[pairs.sample, pairs.layer, pairs.box].float().sigmoid()
     cross_entropy = binary_cross_entropy_with_logits(queries_at(logits, pairs), scores, reduction="none").sum(dim=-1)
     loss = (cross_entropy / counts[pairs.layer]).sum()
     if unmatched_are_empty:
-        free = unmatched_queries(matched, logits.shape[2])
+        free = to_device(unmatched_queries(matched, logits.shape[2]), logits.device)
         loss = loss + (softplus(logits).sum(dim=-1) * free / counts[:, None]).sum()
     return loss
 
@@ -203,7 +206,7 @@ def soft_box_loss(
 
     boxes_cxcywh: (B, L, Q, 4) in 0..1. matched and counts as in `soft_class_loss`.
     """
-    pairs = pairs_of(matched)
+    pairs = pairs_of(matched, boxes_cxcywh.device)
     target_boxes_cxcywh = teacher.boxes_cxcywh[pairs.sample, pairs.layer, pairs.box]
     l1, giou = box_losses(queries_at(boxes_cxcywh.float(), pairs), target_boxes_cxcywh)
     return ((weights.l1 * l1 + weights.giou * giou) / counts[pairs.layer]).sum()

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from common.geometry import token_positions_in_batch
 from common.records import CachedBatch, LevelShapes
-from common.resampling import bilinear_corners, match_levels, token_cells, token_places, valid_shapes
-from kernels import cached_feature_loss
+from common.resampling import bilinear_corners, match_levels, token_cells, valid_shapes
+from kernels import cached_feature_loss, to_device
 
 
 @dataclass(frozen=True)
@@ -24,9 +23,9 @@ class Aligned:
     """The student's features, and which of them each of the teacher's S kept tokens is compared with.
 
     features: (B, T, C) and offsets: (B + 1,), or (1, S, C) and (2,) where they were interpolated. positions: (S,) int64
-    into their T. sample: (S,). level: (S,) of the teacher's levels. level_matched: (B, levels) bool, False where the
-    student has no level like the teacher's. level_sizes: (levels,) float32, tokens of a sample in each of the teacher's
-    levels, padding included.
+    into their T. sample: (S,). level: (S,) of the teacher's levels. cells: (S, 2), row and column in that level. On the
+    host: level_matched: (B, levels) bool, False where the student has no level like the teacher's; level_sizes:
+    (levels,) float32, tokens of a sample in each of the teacher's levels, padding included.
     """
 
     features: Tensor
@@ -34,12 +33,13 @@ class Aligned:
     offsets: Tensor
     sample: Tensor
     level: Tensor
+    cells: Tensor
     level_matched: Tensor
     level_sizes: Tensor
 
     def matched(self) -> Tensor:
         """(S,) bool: which of the teacher's tokens the student learns from."""
-        return self.level_matched[self.sample, self.level]
+        return to_device(self.level_matched, self.sample.device)[self.sample, self.level]
 
     def rows(self) -> Tensor:
         """(S, C): the student's features, one for each of the teacher's tokens."""
@@ -67,23 +67,26 @@ def align(
     tokens: (B, T, C) of the student, in the teacher's width. level_shapes: of the padded batch. token_mask: (B, T) True
     where padded. strides: of the student's levels.
     """
-    samples, device = len(cached.token_offsets) - 1, tokens.device
-    sample = torch.repeat_interleave(torch.arange(samples, device=device), cached.token_offsets.diff())
-    level, _ = token_cells(cached.token_positions, sample, cached.level_shapes)
+    samples, kept, device = len(cached.token_offsets) - 1, len(cached.token_positions), tokens.device
+    offsets, grids = (to_device(values, device) for values in (cached.token_offsets, cached.level_shapes))
+    every = torch.arange(samples, device=device)
+    sample = torch.repeat_interleave(every, offsets.diff(), output_size=kept)
+    level, cells = token_cells(cached.token_positions, sample, grids)
     if same_levels(cached, strides):
-        grids = [[(height, width) for height, width in grid] for grid in cached.level_shapes.tolist()]
-        own = torch.cat([token_positions_in_batch(grid, level_shapes) for grid in grids]).to(device)
-        sizes = cached.level_shapes.prod(dim=-1).sum(dim=-1)
-        positions = own[(sizes.cumsum(0) - sizes)[sample] + cached.token_positions]
-        padded_sizes = torch.tensor(level_shapes, device=device, dtype=torch.float32).prod(dim=-1)
-        every_level = torch.ones(cached.level_shapes.shape[:2], dtype=torch.bool, device=device)
-        return Aligned(tokens, positions, cached.token_offsets, sample, level, every_level, padded_sizes)
+        own_shapes = torch.tensor(level_shapes)
+        if (cached.level_shapes > own_shapes).any():
+            raise ValueError(f"grids {cached.level_shapes.tolist()} do not fit into {level_shapes}")
+        sizes = own_shapes.prod(dim=-1)
+        starts, widths = to_device(torch.stack((sizes.cumsum(0) - sizes, own_shapes[:, 1])), device)
+        positions = starts[level] + cells[:, 0] * widths[level] + cells[:, 1]
+        every_level = torch.ones(cached.level_shapes.shape[:2], dtype=torch.bool)
+        return Aligned(tokens, positions, offsets, sample, level, cells, every_level, sizes.float())
     assert cached.level_strides is not None
     matched = match_levels(cached.level_strides, strides)  # (B, teacher levels)
-    own_level = matched[sample, level]
-    places = token_places(cached.token_positions, sample, cached.level_shapes, cached.level_strides)
-    filled = valid_shapes(token_mask, level_shapes)[sample, own_level.clamp(min=0)]
-    corners = bilinear_corners(places.centres_px, own_level.clamp(min=0), strides, level_shapes, filled)
+    own_level = to_device(matched.clamp(min=0), device)[sample, level]
+    centres_px = (cells + 0.5) * to_device(cached.level_strides, device)[sample, level]
+    filled = valid_shapes(token_mask, level_shapes)[sample, own_level]
+    corners = bilinear_corners(centres_px, own_level, strides, level_shapes, filled)
     interpolated = embedding_bag(
         corners.indices + tokens.shape[1] * sample.unsqueeze(1),
         tokens.flatten(0, 1),
@@ -92,10 +95,11 @@ def align(
     )
     return Aligned(
         interpolated.unsqueeze(0),
-        torch.arange(len(sample), device=device),
-        torch.tensor([0, len(sample)], device=device),
+        torch.arange(kept, device=device),
+        to_device(torch.tensor([0, kept]), device),
         sample,
         level,
+        cells,
         matched >= 0,
         cached.level_shapes.amax(dim=0).prod(dim=-1).float(),
     )
@@ -110,7 +114,7 @@ def feature_loss(student: Aligned, cached: CachedBatch) -> Tensor:
     """
     samples, channels = len(cached.level_shapes), student.features.shape[-1]
     counted = (cached.level_shapes.prod(dim=-1) * student.level_matched).sum(dim=1).clamp(min=1)
-    scale = student.matched() / (counted[student.sample] * channels * samples)
+    scale = student.matched() / (to_device(counted, student.sample.device)[student.sample] * channels * samples)
     return cached_feature_loss(
         rotated(student.features, cached.rotation),
         cached.tokens,
@@ -139,7 +143,8 @@ def neck_loss(student: Aligned, cached: CachedBatch) -> Tensor:
     assert cached.neck is not None
     assert cached.neck_weights is not None
     samples, channels = len(cached.level_shapes), student.features.shape[-1]
-    scale = student.matched() / (student.level_sizes[student.level] * channels * samples)
+    level_sizes = to_device(student.level_sizes, student.level.device)
+    scale = student.matched() / (level_sizes[student.level] * channels * samples)
     return cached_feature_loss(
         rotated(student.features, cached.neck_rotation),
         cached.neck,

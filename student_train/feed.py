@@ -28,6 +28,7 @@ from common.errors import UserError
 from common.images import BrokenImage, collate, decode_image, normalise, read_image
 from common.records import Augmentation, Batch, ImageEntry, Targets
 from common.runtime import Ranks, log
+from kernels import to_device
 from student_train.batching import (
     Indices,
     Sizes,
@@ -66,7 +67,7 @@ class MicroBatch:
         return [(lesson.teacher, lesson.samples) for lesson in self.lessons]
 
     def to(self, device: torch.device) -> MicroBatch:
-        lessons = tuple(lesson_to(lesson, device) for lesson in self.lessons)
+        lessons = tuple(lesson.to(device) for lesson in self.lessons)
         return replace(self, batch=batch_to(self.batch, device), lessons=lessons)
 
 
@@ -228,9 +229,10 @@ class Feed:
         ranks: Ranks | None = None,
         pin: bool = False,
     ) -> None:
-        """teachers: None where the cached targets are not needed. pin: page-locked memory, for a GPU."""
+        """teachers: None where the cached targets are not needed. pin: they are read into page-locked memory, for a
+        GPU."""
         self._source, self._annotations, self._teachers = source, annotations, teachers
-        self._options, self._ranks, self._pin = options, ranks or Ranks(), pin
+        self._options, self._ranks = options, ranks or Ranks()
         self._images = ThreadPoolExecutor(options.workers, "images")
         self._cache = ThreadPoolExecutor(1, "cache")
         # Buffers for the step in use and for each that is prepared meanwhile.
@@ -288,7 +290,7 @@ class Feed:
         cached = [part.cached.result() if part.cached is not None else None for part in parts]
         cache_there = time.perf_counter()
         finished = tuple(self._micro_batch(*part) for part in zip(parts, images, cached, strict=True))
-        waiting_for_images_s = images_there - begun + time.perf_counter() - cache_there  # to pad and pin them, too
+        waiting_for_images_s = images_there - begun + time.perf_counter() - cache_there  # to pad them, too
         return TrainingStep(number, finished, waiting_for_images_s, cache_there - images_there)
 
     def _micro_batch(self, part: _Pending, images: list[Replayed | None], read: _Read | None) -> MicroBatch:
@@ -300,8 +302,6 @@ class Feed:
                 lessons = self._read(self._teachers, samples, part.epoch, part.buffers).lessons
         loaded = [image for image in images if image is not None]
         batch = collate([(image.image, image.targets) for image in loaded])
-        if self._pin:
-            batch = replace(batch, images=batch.images.pin_memory())
         for lesson in lessons:
             self._check_assignment(lesson, samples, batch.targets)
         return MicroBatch(tuple(sample.entry.image_id for sample in samples), batch, lessons)
@@ -399,20 +399,5 @@ class _Pending:
 
 
 def batch_to(batch: Batch, device: torch.device) -> Batch:
-    return Batch(
-        batch.images.to(device, non_blocking=True),
-        batch.padding_mask.to(device, non_blocking=True),
-        [targets.to(device) for targets in batch.targets],
-    )
-
-
-def lesson_to(lesson: Lesson, device: torch.device) -> Lesson:
-    if device.type == "cpu":
-        return lesson
-    records, samples = vars(lesson.cached), lesson.samples
-    moved = {name: value.to(device, non_blocking=True) for name, value in records.items() if value is not None}
-    return replace(
-        lesson,
-        cached=replace(lesson.cached, **moved),
-        samples=None if samples is None else samples.to(device, non_blocking=True),
-    )
+    """Its pixels on a device: the ground truth stays on the host, where matchings are solved."""
+    return replace(batch, images=to_device(batch.images, device), padding_mask=to_device(batch.padding_mask, device))

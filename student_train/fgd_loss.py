@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from common.boxes import cxcywh_to_xyxy
 from common.matching import PaddedTargets
 from common.records import CachedBatch
-from common.resampling import token_cells
-from kernels import decode_tokens
+from kernels import decode_tokens, to_device
 from student_train.feature_loss import Aligned
 
 
@@ -106,7 +105,7 @@ def fgd_losses(
     authors' code. A sample without boxes is all background.
     """
     weights = weights or FgdWeights()
-    kept = student.matched()
+    kept = matched_tokens(student, cached)
     segments, student_features = segments_of(student, cached, kept), student.rows()[kept].float()
     assert cached.neck is not None
     stored = (cached.neck, cached.neck_scales, cached.neck_channel_scale, cached.neck_channel_shift)
@@ -114,12 +113,14 @@ def fgd_losses(
     if cached.neck_rotation is not None:  # attention is over channels, not over components
         features = features @ cached.neck_rotation.T
 
+    mapped = (cached.level_shapes.prod(dim=-1) * student.level_matched).flatten().nonzero().squeeze(1)  # maps
     spatial, channel = attention(features, segments, weights.temperature)
     own_spatial, own_channel = attention(student_features, segments, weights.temperature)
     foreground, background = box_masks(segments, targets)
     difference = features - student_features
     error = spatial * (channel[segments.index] * difference.square()).sum(dim=-1)  # (S,)
-    missed = (spatial - own_spatial).abs().sum() + (channel - own_channel).abs()[segments.sizes > 0].sum()
+    in_channels = (channel - own_channel).abs()[to_device(mapped, features.device)].sum()
+    missed = (spatial - own_spatial).abs().sum() + in_channels
     context = _contexts(features, segments, blocks.teacher) - _contexts(student_features, segments, blocks.student)
     relation = (difference + context[segments.index]).square().sum()
     return {
@@ -130,13 +131,20 @@ def fgd_losses(
     }
 
 
+def matched_tokens(student: Aligned, cached: CachedBatch) -> Tensor:
+    """Which of the teacher's tokens, all of which are stored, the student learns from: their indices (S,) int64."""
+    tokens_of_level = cached.level_shapes.prod(dim=-1).flatten()
+    matched = student.level_matched.flatten().repeat_interleave(tokens_of_level)
+    return to_device(matched.nonzero().squeeze(1), student.sample.device)
+
+
 def segments_of(student: Aligned, cached: CachedBatch, kept: Tensor) -> Segments:
-    """The feature maps of the tokens that are `kept` (S,)."""
+    """The feature maps of the tokens at these indices (S,)."""
     samples, levels = cached.level_shapes.shape[:2]
-    _, cells = token_cells(cached.token_positions, student.sample, cached.level_shapes)
     index = (student.sample * levels + student.level)[kept]
     sizes = (cached.level_shapes.prod(dim=-1) * student.level_matched).flatten().float()
-    return Segments(index, sizes, cells[kept], cached.level_shapes.flatten(0, 1), samples)
+    sizes, grids = (to_device(values, index.device) for values in (sizes, cached.level_shapes.flatten(0, 1)))
+    return Segments(index, sizes, student.cells[kept], grids, samples)
 
 
 def attention(features: Tensor, segments: Segments, temperature: float) -> tuple[Tensor, Tensor]:
@@ -154,7 +162,8 @@ def box_masks(segments: Segments, targets: PaddedTargets) -> tuple[Tensor, Tenso
     rows, columns = segments.grids[:, :1], segments.grids[:, 1:]
     extent = torch.stack((columns, rows), dim=-1)  # (N, 1, 2), as x and y
     low, high = (boxes_xyxy[..., :2] * extent).floor(), (boxes_xyxy[..., 2:] * extent).ceil()
-    share = 1 / (high - low + 1).prod(dim=-1) * targets.valid.repeat_interleave(levels, dim=0)  # (N, G)
+    valid = to_device(targets.valid.repeat_interleave(levels, dim=0), rows.device)
+    share = 1 / (high - low + 1).prod(dim=-1) * valid  # (N, G)
     place = segments.cells.flip(-1).unsqueeze(1)  # (S, 1, 2), column and row
     inside = ((place >= low[segments.index]) & (place <= high[segments.index])).all(dim=-1)  # (S, G)
     if not targets.valid.shape[1]:

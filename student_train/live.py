@@ -44,9 +44,10 @@ class LiveTeacher:
     def look(self, images: Tensor, padding_mask: Tensor) -> LiveOutput:
         """images: (B, 3, H, W), padding_mask: (B, H, W) bool, as the student sees them."""
         self.model.to(images.device)
-        outputs, sizes = [], []
-        for image, mask in zip(images, padding_mask, strict=True):
-            size = int((~mask[:, 0]).sum()), int((~mask[0]).sum())
+        outputs = []
+        valid = ~padding_mask
+        sizes = torch.stack((valid[:, :, 0].sum(1), valid[:, 0].sum(1)), dim=1).tolist()
+        for image, mask, size in zip(images, padding_mask, sizes, strict=True):
             height, width = (-(-side // PADDING_MULTIPLE) * PADDING_MULTIPLE for side in size)
             with torch.autocast(images.device.type, enabled=False):
                 outputs.append(
@@ -55,11 +56,10 @@ class LiveTeacher:
                         self.columns,
                         image[None, :, :height, :width].contiguous(),
                         mask[None, :height, :width].contiguous(),
-                        [size],
+                        [(size[0], size[1])],
                     )
                 )
-            sizes.append(size)
-        return LiveOutput(self.info, tuple(outputs), tuple(sizes))
+        return LiveOutput(self.info, tuple(outputs), tuple((height, width) for height, width in sizes))
 
 
 def live_targets(live: LiveOutput, targets: Sequence[Targets], *, with_neck: bool) -> CachedBatch:
@@ -82,14 +82,14 @@ def live_targets(live: LiveOutput, targets: Sequence[Targets], *, with_neck: boo
         channel_shift=None,
         token_positions=torch.cat([torch.arange(count, device=device) for count in counts]),
         token_weights=torch.cat([answer.weights for answer in found]),
-        token_offsets=torch.tensor([0, *counts], device=device).cumsum(0),
-        level_shapes=torch.tensor(grids, device=device),
+        token_offsets=torch.tensor([0, *counts]).cumsum(0),
+        level_shapes=torch.tensor(grids),
         queries=torch.stack([answer.queries for answer in found]),
         logits=torch.stack([answer.logits for answer in found]),
         boxes_cxcywh=torch.stack([answer.boxes_cxcywh for answer in found]),
         quality=torch.stack([answer.quality for answer in found]),
         assignment=torch.stack([answer.assignment for answer in found]),
-        level_strides=torch.from_numpy(level_strides(live.info, heights, widths)).to(device),
+        level_strides=torch.from_numpy(level_strides(live.info, heights, widths)),
         neck=torch.cat(necks) if necks else None,
         neck_weights=torch.cat(neck_weights) if neck_weights else None,
     )

@@ -98,7 +98,7 @@ def start(config: TrainConfig, data: Data, device: torch.device, ranks: Ranks) -
     groups = student.parameter_groups(options.scaled_lr, options.backbone_lr_factor)
     for group in groups:
         group["initial_lr"] = group["lr"]
-    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
+    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=config.speed.amp == "fp16")
     average = MovingAverage(student.detector, options.ema) if options.ema is not None else None
     balance = start_balance(student.options, data)
@@ -139,6 +139,8 @@ def resume(training: Training, checkpoint: Checkpoint) -> None:
     training.student.load_state_dict(checkpoint.student)
     if training.average is not None and checkpoint.average is not None:
         training.average.student.load_state_dict(checkpoint.average)
+    for group, saved in zip(training.optimizer.param_groups, checkpoint.optimizer["param_groups"], strict=True):
+        saved["fused"] = group["fused"]  # follows from the device, which may be another now
     training.optimizer.load_state_dict(checkpoint.optimizer)
     training.scaler.load_state_dict(checkpoint.scaler)
     if training.balance is not None and checkpoint.balance is not None:

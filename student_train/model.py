@@ -16,6 +16,7 @@ from common.detr.detector import Decoded, DeformableDetr, Encoded, QueryGroup
 from common.detr.recipe import parameter_groups
 from common.errors import UserError
 from common.records import DetectorOutput
+from kernels import to_device
 from student_train.config import DistillationOptions
 from student_train.contrastive_loss import ContrastiveHeads
 from student_train.fgd_loss import FgdBlocks
@@ -105,8 +106,10 @@ class Bridge(nn.Module):
     def forward(self, encoded: Encoded, own: Decoded, groups: Sequence[Decoded], samples: Tensor | None) -> Pupil:
         """What the teacher sees of the student. groups: of `query_groups`, decoded."""
 
+        places = None if samples is None else to_device(samples, own.logits.device)
+
         def taken(values: Tensor) -> Tensor:
-            return values if samples is None else values[samples]
+            return values if places is None else values[places]
 
         return Pupil(
             queries=taken(own.queries),

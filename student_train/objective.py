@@ -8,7 +8,7 @@ from torch import Tensor
 
 from common.matching import PaddedTargets, detection_cost, pad_targets, queries_of_boxes
 from common.records import Targets
-from kernels import hungarian, hungarian_start
+from kernels import hungarian, hungarian_start, to_device
 from student_train import distill_loss as distill
 from student_train.config import DistillationOptions
 from student_train.contrastive_loss import contrastive_loss
@@ -51,7 +51,8 @@ def separate_losses(
     Matchings are solved on the host: they are started as soon as their costs are known, and what needs none of them is
     computed before the first is waited for.
     """
-    output, truth = student.output, pad_targets(targets)
+    output = student.output
+    truth = pad_targets(targets, output.logits.device)
     if student.live is not None:
         lessons = [Lesson(live_targets(student.live, targets, with_neck=options.needs_neck))]
     if not counts:
@@ -83,7 +84,8 @@ def _distillation_losses(
     grids, boxes, weights = student.output.level_shapes, truth.labels.shape[1], options.weights
     cached = distill.at_student_layers(lesson.cached, pupil.logits.shape[1])
     if lesson.samples is not None:
-        truth = PaddedTargets(*(values[lesson.samples] for values in vars(truth).values()))
+        samples = to_device(lesson.samples, pupil.logits.device)
+        truth = PaddedTargets(truth.boxes_cxcywh[samples], truth.labels[samples], truth.valid[lesson.samples])
     share = len(truth.labels) / counts.samples  # of a loss that is a mean over samples
     losses: Losses = {}
     if pupil.memory is not None:

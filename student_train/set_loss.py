@@ -44,11 +44,12 @@ def set_loss(
     sum over layers of [w_class sum FL(logits, one-hot of matched queries)
                         + w_l1 sum |b - b*|_1 + w_giou sum (1 - GIoU(b, b*))] / box_count.
 
-    logits: (B, L, Q, K) before the sigmoid. boxes_cxcywh: (B, L, Q, 4) in 0..1. matched: (B, L, G) from any matching:
-    the student's own, or the teacher's for the teacher's queries. box_count: ground-truth boxes of a rank on average,
-    at least 1. Queries without a box are taught that no class is there; samples without boxes give that part alone.
+    logits: (B, L, Q, K) before the sigmoid. boxes_cxcywh: (B, L, Q, 4) in 0..1. matched: (B, L, G) on the host, of
+    any matching: the student's own, or the teacher's for the teacher's queries. box_count: ground-truth boxes of a rank
+    on average, at least 1. Queries without a box are taught that no class is there; samples without boxes give that
+    part alone.
     """
-    pairs = pairs_of(matched)
+    pairs = pairs_of(matched, logits.device)
     logits, boxes_cxcywh = logits.float(), boxes_cxcywh.float()
     one_hot = torch.zeros_like(logits)
     one_hot[pairs.sample, pairs.layer, pairs.query, targets.labels[pairs.sample, pairs.box]] = 1

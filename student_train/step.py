@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common.detr.detector import DeformableDetr
 from common.errors import UserError
 from common.runtime import Ranks, mean_over_ranks
+from kernels import to_device
 from student_train.balance import Balance
 from student_train.config import OptimisationOptions
 from student_train.ema import MovingAverage
@@ -79,7 +80,7 @@ def agree(training: Training, step: TrainingStep, stop: bool) -> tuple[list[Step
     """
     student = training.student
     own = own_counts(step.box_counts, student.detector.config.queries, student.teacher_queries)
-    mean = mean_over_ranks(torch.cat((own.flatten(), own.new_tensor([stop]))).to(training.device))
+    mean = mean_over_ranks(to_device(torch.cat((own.flatten(), own.new_tensor([stop]))), training.device))
     stopping = stop if isinstance(training.model, StudentInTraining) else bool(mean[-1] > 0)
     return [StepCounts.of_mean(of_teacher) for of_teacher in mean[:-1].view_as(own)], stopping
 
@@ -114,7 +115,11 @@ def train_step(
         sums = {name: sums[name] + loss.detach() if sums else loss.detach() for name, loss in losses.items()}
     scaler.unscale_(training.optimizer)
     norm = nn.utils.clip_grad_norm_(training.model.parameters(), clip or math.inf)
-    *values, gradient_norm = torch.stack([*sums.values(), norm.to(device)]).tolist()
+    # The host waits for the device here, and in the matchings, and nowhere else.
+    numbers = torch.stack([*sums.values(), norm])
+    measured = mean_over_ranks(torch.stack(squares).sum(dim=0)) if measuring else numbers.new_zeros(0)
+    read = torch.cat((numbers.double(), measured.flatten())).cpu()
+    *values, gradient_norm = read[: len(numbers)].tolist()
     named = dict(zip(sums, values, strict=True))
     # fp16's first steps overflow until the scale is found: the scaler leaves those out.
     scaling = scaler.is_enabled() and scaler.get_scale() > LEAST_LOSS_SCALE
@@ -122,7 +127,7 @@ def train_step(
     scaler.step(training.optimizer)
     scaler.update()
     if balance is not None and measuring:  # for the steps to come: all of this one's parts went before
-        balance.update(mean_over_ranks(torch.stack(squares).sum(dim=0)))
+        balance.update(read[len(numbers) :].view(measured.shape))
     if training.average is not None:
         training.average.update(training.student.detector, training.step + 1)
     return named, gradient_norm

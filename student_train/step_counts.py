@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from common.runtime import mean_over_ranks
+from kernels import to_device
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def counts_of_step(
     boxes: Sequence[int], student_queries: int, teacher_queries: Sequence[int], device: torch.device
 ) -> list[StepCounts]:
     """For each teacher, from the boxes of this rank's samples. All ranks have to call this at once."""
-    mean = mean_over_ranks(own_counts(boxes, student_queries, teacher_queries).to(device))
+    mean = mean_over_ranks(to_device(own_counts(boxes, student_queries, teacher_queries), device))
     return [StepCounts.of_mean(of_teacher) for of_teacher in mean]
 
 

@@ -12,7 +12,7 @@ to those of one. (The contrastive loss, which sets the samples of a lesson again
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,11 +31,13 @@ from common.errors import UserError
 from common.philox import choose, philox_words
 from common.records import CachedBatch
 from common.runtime import log
+from kernels import to_device
 
 Choice = Literal["average", "random", "best"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
 DRAW_KEY = 0x7EAC4E25  # the generator's second key: teachers are drawn independently of all else
 ROWS_AT_ONCE = 256
+HOST_FIELDS = ("token_offsets", "level_shapes", "level_strides", "assignment")
 
 Taught = tuple[int, Tensor | None]  # a teacher, and the places (n,) int64 of the samples that it teaches; None for all
 Integers = npt.NDArray[np.integer[Any]]
@@ -45,14 +47,22 @@ Integers = npt.NDArray[np.integer[Any]]
 class Lesson:
     """What one teacher says of n samples of a micro-batch.
 
-    teacher: which, by its place among the store's. samples: (n,) int64, their places in the micro-batch, ascending;
-    None for all of it. weight: that its losses are multiplied by.
+    teacher: which, by its place among the store's. samples: (n,) int64 on the host, their places in the micro-batch,
+    ascending; None for all of it. weight: that its losses are multiplied by.
     """
 
     cached: CachedBatch
     teacher: int = 0
     samples: Tensor | None = None
     weight: float = 1.0
+
+    def to(self, device: torch.device) -> Lesson:
+        """The records on a device, but for HOST_FIELDS."""
+        fields = vars(self.cached).items()
+        moved = {
+            name: to_device(value, device) for name, value in fields if value is not None and name not in HOST_FIELDS
+        }
+        return replace(self, cached=replace(self.cached, **moved))
 
 
 class CachedTeachers:

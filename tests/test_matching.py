@@ -55,7 +55,7 @@ def test_assignment_is_scipys_optimum_in_every_layer(counts: list[int]) -> None:
     Counts include samples without boxes, and one with more boxes than queries.
     """
     logits, boxes_cxcywh, targets = draw(counts)
-    cost = detection_cost(logits, boxes_cxcywh, pad_targets(targets))
+    cost = detection_cost(logits, boxes_cxcywh, pad_targets(targets, torch.device("cpu")))
     assignment = assign_queries(logits, boxes_cxcywh, targets)
     for sample, target in enumerate(targets):
         for layer in range(LAYERS):
@@ -74,7 +74,7 @@ def test_both_ways_of_writing_a_matching_hold_the_same_pairs() -> None:
     assignment = assign_queries(logits, boxes_cxcywh, targets)
     matched = queries_of_boxes(assignment, boxes=7)
     assert torch.equal(boxes_of_queries(matched, QUERIES), assignment)
-    pairs = pairs_of(matched)
+    pairs = pairs_of(matched, matched.device)
     assert len(pairs.query) == LAYERS * 11
     assert torch.equal(assignment[pairs.sample, pairs.layer, pairs.query], pairs.box)
 

@@ -16,6 +16,7 @@ from student_train.feature_loss import align, neck_loss
 from student_train.fgd_loss import FgdBlocks, fgd_losses
 from tests.fgd_oracle import fgd_directly, maps_of
 
+CPU = torch.device("cpu")
 CHANNELS = 8
 STRIDES = (8, 16)
 GRIDS: list[LevelShapes] = [[(4, 5), (2, 3)], [(6, 2), (3, 1)], [(3, 3), (2, 2)]]
@@ -106,7 +107,7 @@ def test_fgd_against_the_article_map_by_map() -> None:
     student, mask, cached = drawn()
     blocks = trained_blocks()
     parameters = [student, *blocks.parameters()]
-    found = fgd_losses(align(student, BATCH_SHAPES, mask, STRIDES, cached), cached, pad_targets(targets()), blocks)
+    found = fgd_losses(align(student, BATCH_SHAPES, mask, STRIDES, cached), cached, pad_targets(targets(), CPU), blocks)
     expected = fgd_directly(teacher_maps(cached), student_maps(student), targets(), blocks)
     assert found.keys() == expected.keys()
     for name in found:
@@ -128,7 +129,7 @@ def test_fgd_of_images_without_boxes_is_finite() -> None:
     student, mask, cached = drawn()
     nothing = [Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))] * 3
     blocks = trained_blocks()
-    found = fgd_losses(align(student, BATCH_SHAPES, mask, STRIDES, cached), cached, pad_targets(nothing), blocks)
+    found = fgd_losses(align(student, BATCH_SHAPES, mask, STRIDES, cached), cached, pad_targets(nothing, CPU), blocks)
     expected = fgd_directly(teacher_maps(cached), student_maps(student), nothing, blocks)
     assert found["foreground"].item() == 0
     torch.testing.assert_close(found["background"].double(), expected["background"], rtol=1e-4, atol=0)
@@ -143,7 +144,7 @@ def test_levels_without_a_partner_do_not_count() -> None:
     coarse, coarse_mask = student[:, fine:], mask[:, fine:]
     blocks = trained_blocks()
     aligned = align(coarse, BATCH_SHAPES[1:], coarse_mask, (16,), cached)
-    found = fgd_losses(aligned, cached, pad_targets(targets()), blocks)
+    found = fgd_losses(aligned, cached, pad_targets(targets(), CPU), blocks)
     only = FgdBlocks(CHANNELS, 1)
     only.student[0], only.teacher[0] = blocks.student[1], blocks.teacher[1]
     expected = fgd_directly(

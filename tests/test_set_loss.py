@@ -33,7 +33,7 @@ def draw(counts: list[int], seed: int = 0) -> tuple[Tensor, Tensor, list[Targets
 
 
 def losses_of(logits: Tensor, boxes_cxcywh: Tensor, targets: list[Targets]) -> dict[str, Tensor]:
-    truth = pad_targets(targets)
+    truth = pad_targets(targets, torch.device("cpu"))
     matched = hungarian(detection_cost(logits, boxes_cxcywh, truth), column_mask=truth.valid.unsqueeze(1))
     return set_loss(logits, boxes_cxcywh, truth, matched, box_count=max(1, sum(len(t.labels) for t in targets)))
 
@@ -95,8 +95,8 @@ def test_proposals_ignore_padding_and_classes() -> None:
     mask = torch.zeros(1, 20, dtype=torch.bool)
     mask[:, 15:] = True
     boxes = torch.rand(3, 4, generator=generator) * 0.5 + 0.1
-    truth = pad_targets([Targets(boxes, torch.tensor([4, 0, 2]))])
-    others = pad_targets([Targets(boxes, torch.tensor([1, 1, 3]))])
+    truth = pad_targets([Targets(boxes, torch.tensor([4, 0, 2]))], torch.device("cpu"))
+    others = pad_targets([Targets(boxes, torch.tensor([1, 1, 3]))], torch.device("cpu"))
     padded = proposal_losses(logits, boxes_cxcywh, mask, truth, 3)
     unpadded = proposal_losses(logits[:, :15], boxes_cxcywh[:, :15], mask[:, :15], others, 3)
     for name, value in padded.items():

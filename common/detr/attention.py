@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common.records import LevelShapes
-from kernels import deformable_attention
+from kernels import deformable_attention, to_device
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class SamplingFrame:
 
 def frame_of_points(points: Tensor, shapes: LevelShapes) -> SamplingFrame:
     """Offsets around points (B, Q, levels, 2) count in cells of the level (arXiv 2010.04159, appendix A.1)."""
-    cells = torch.tensor([(width, height) for height, width in shapes], dtype=points.dtype, device=points.device)
-    return SamplingFrame(points, (1 / cells)[None, None])
+    cells = torch.tensor([(width, height) for height, width in shapes], dtype=points.dtype)
+    return SamplingFrame(points, to_device(1 / cells, points.device)[None, None])
 
 
 def frame_of_boxes(boxes_cxcywh: Tensor, points: int) -> SamplingFrame:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from common.detr.attention import DeformableAttention, FeedForward, SamplingFrame, frame_of_points
 from common.detr.config import DetectorConfig
 from common.records import LevelShapes
+from kernels import to_device
 
 
 class Neck(nn.Module):
@@ -91,11 +92,12 @@ class Encoder(nn.Module):
 def cell_centres(shapes: LevelShapes, valid_ratios: Tensor) -> Tensor:
     """(B, T, 2): the centre (x, y) of each token's cell relative to the sample's own, unpadded extent."""
     centres = []
+    sizes = to_device(torch.tensor(shapes), valid_ratios.device).flip(-1)  # (levels, 2), width and height
     for level, (height, width) in enumerate(shapes):
         y = torch.arange(height, device=valid_ratios.device, dtype=valid_ratios.dtype) + 0.5
         x = torch.arange(width, device=valid_ratios.device, dtype=valid_ratios.dtype) + 0.5
         grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1).flatten(0, 1)
-        valid_cells = (valid_ratios[:, level] * torch.tensor([width, height], device=x.device)).round()
+        valid_cells = (valid_ratios[:, level] * sizes[level]).round()
         centres.append(grid / valid_cells[:, None])
     return torch.cat(centres, 1)
 

@@ -57,5 +57,5 @@ class Proposer(nn.Module):
 def anchor_boxes(shapes: LevelShapes, valid_ratios: Tensor) -> Tensor:
     """(B, T, 4) boxes_cxcywh: centred on each token, 0.05 wide and high on the finest level, doubling per level."""
     centres = cell_centres(shapes, valid_ratios)
-    sizes = [torch.full((height * width, 2), 0.05 * 2.0**level) for level, (height, width) in enumerate(shapes)]
-    return torch.cat([centres, torch.cat(sizes).to(centres).expand_as(centres)], -1)
+    sizes = [centres.new_full((height * width, 2), 0.05 * 2.0**level) for level, (height, width) in enumerate(shapes)]
+    return torch.cat([centres, torch.cat(sizes).expand_as(centres)], -1)

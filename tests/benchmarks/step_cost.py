@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -68,7 +67,7 @@ class Steps:
         ]
         batch = collate(pairs)
         self.images, self.mask = batch.images.to(device), batch.padding_mask.to(device)
-        self.targets = [target.to(device) for target in batch.targets]
+        self.targets = batch.targets
         self.device = device
 
         teacher = TEACHERS.get(student, "r101")
@@ -138,7 +137,7 @@ def draw_records(
         codebooks=torch.randn(channels // 8, 256, 8, generator=generator),
         rotation=torch.linalg.qr(torch.randn(channels, channels, generator=generator))[0],
     )
-    return replace(drawn, **{name: value.to(device) for name, value in vars(drawn).items() if value is not None})
+    return Lesson(drawn).to(device).cached
 
 
 def time_steps(student: str, device: torch.device, runs: int) -> dict[str, float]:
