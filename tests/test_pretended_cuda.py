@@ -160,7 +160,7 @@ def test_a_live_teacher(folder: Path, tmp_path: Path) -> None:
 
 def test_a_dump(folder: Path, tmp_path: Path) -> None:
     """A dump on the pretended device, of a codec that has to be calibrated, against the same on the CPU: all fields of
-    all records are equal. It waits for matchings and for what is stored."""
+    all records are equal. It waits for matchings, for what is stored, and to learn whether it is finite."""
     data = ("--data", folder / "scenes", "--sizes", SIDE, "--workers", 1, "--preset", "compact")
     teacher = ("--teacher", folder / "teacher.safetensors")
     assert command(*data, *teacher, "--device", "cpu", "--out", tmp_path / "cpu.zarr") == 0
@@ -171,8 +171,8 @@ def test_a_dump(folder: Path, tmp_path: Path) -> None:
         "teacher_dump/teachers.py:load_teacher copy to the device",
         "common/teacher.py:detector_teacher copy to the host",
     }
-    storing = "teacher_dump/encode.py:_checked copy to the host"
-    assert set(pretended.waits) - loading == {MATCHING, storing}
+    storing = {"common/finite.py:check_finite copy to the host", "teacher_dump/encode.py:_arrays copy to the host"}
+    assert set(pretended.waits) - loading == {MATCHING, *storing}
     found, expected = (CacheReader(tmp_path / name) for name in ("cuda.zarr", "cpu.zarr"))
     rows = expected.rows()
     for name, value in vars(expected.read(rows)).items():
