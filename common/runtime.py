@@ -9,6 +9,7 @@ import platform
 import random
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
@@ -23,6 +24,9 @@ log = logging.getLogger("detrcache")
 
 BAR_INTERVAL_S = 0.1 if sys.stderr.isatty() else 60.0
 """Least time between two updates of a progress bar: a log file gets a line a minute, not thousands."""
+
+PATIENCE_S = float(os.environ.get("DETRCACHE_PATIENCE_S", "600"))
+"""How long a training's processes wait for each other: as long as nccl does unless told otherwise, gloo too."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,18 @@ def choose_device(name: str, ranks: Ranks | None = None) -> torch.device:
 
 
 def start_processes(ranks: Ranks, device: torch.device) -> None:
-    """Join the process group of torchrun (nccl on CUDA, gloo on the CPU); nothing to join for a single process."""
+    """Join the process group of torchrun (nccl on CUDA, gloo on the CPU); nothing to join for a single process.
+
+    A process that waits for the others longer than PATIENCE_S gives up: they are gone, or cannot be reached.
+    """
     if ranks.world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE_S))
+
+
+def others_lost(error: RuntimeError) -> bool:
+    """Whether an error means that another process ended or cannot be reached."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

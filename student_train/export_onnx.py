@@ -24,6 +24,7 @@ from common.runtime import log
 INPUTS = ("images", "padding_mask", "sizes")
 OUTPUTS = ("scores", "labels", "boxes_xyxy_px")
 OPSET = 18  # GridSample is from 16
+OLDEST_EXPORTER = "2.11"  # of those tried; 2.6's refuses the model
 DESCRIPTION = (
     "images: (B, 3, H, W) uint8 RGB, each resized (bilinear, antialiased) to its short_side, its long side at most"
     " max_long_side, and placed in the top left corner; H and W are multiples of {multiple}. padding_mask: (B, H, W),"
@@ -73,6 +74,11 @@ def to_onnx(
         raise UserError(
             f"expected --image-size of two multiples of {PADDING_MULTIPLE}, as images are padded to, found"
             f" {image_size[0]} {image_size[1]}"
+        )
+    if torch.__version__ < OLDEST_EXPORTER:
+        raise UserError(
+            f"expected PyTorch {OLDEST_EXPORTER} or newer for --to onnx, whose exporter understands the model, found"
+            f" {torch.__version__}"
         )
     batch, (height, width) = (1, image_size) if image_size else (2, (2 * PADDING_MULTIPLE, 3 * PADDING_MULTIPLE))
     example = (

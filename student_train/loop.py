@@ -22,9 +22,19 @@ from common.categories import Categories
 from common.detr.attention import FeedForward
 from common.detr.detector import DeformableDetr
 from common.detr.weights import save_detector
+from common.errors import UserError
 from common.evaluate import CocoMetrics
 from common.files import write_atomically
-from common.runtime import Ranks, choose_device, log, read_ranks, seed_generators, start_logging, start_processes
+from common.runtime import (
+    Ranks,
+    choose_device,
+    log,
+    others_lost,
+    read_ranks,
+    seed_generators,
+    start_logging,
+    start_processes,
+)
 from student_train.balance import Balance
 from student_train.checkpoint import Checkpoint, save_checkpoint
 from student_train.config import DistillationOptions, TrainConfig
@@ -46,7 +56,8 @@ def train(config: TrainConfig, begun_s: float | None = None) -> CocoMetrics:
 
     begun_s: when the command began, by `time.perf_counter`, from which on it says where the time went.
 
-    Raises Interrupted, with everything saved, after SIGTERM and Ctrl-C, and Diverged where a loss is not finite.
+    Raises Interrupted, with everything saved, after SIGTERM and Ctrl-C, Diverged where a loss is not finite, and
+    UserError where another process of the training was lost.
     """
     account, ranks = Account(begun_s), read_ranks()
     start_logging(ranks)
@@ -74,6 +85,13 @@ def train(config: TrainConfig, begun_s: float | None = None) -> CocoMetrics:
             metrics = Run(config, data, training, feed, folder, ranks, stop, account).to_the_end()
         folder.finish(config)
         return metrics
+    except RuntimeError as error:
+        if ranks.world_size == 1 or not others_lost(error):
+            raise
+        raise UserError(
+            f"another process of this training ended or cannot be reached ({str(error).splitlines()[0]}); see its own"
+            f" last lines, then go on with `--config {folder.record} --resume` on all hosts"
+        ) from None
     finally:
         folder.close()
         feed.close()

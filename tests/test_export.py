@@ -26,6 +26,7 @@ from common.images import collate, load_image, normalise
 from common.records import Augmentation, Batch, ImageEntry, Targets
 from common.synthetic import draw_data_set
 from student_train.__main__ import export
+from student_train.export_onnx import OLDEST_EXPORTER
 from tests import detr_oracle
 
 CATEGORIES = Categories((3, 7, 900), ("cat", "dog", "owl"))
@@ -124,6 +125,7 @@ def scenes_of(folder: Path, images: int) -> Annotations:
 @pytest.fixture(scope="module")
 def onnx_student(tmp_path_factory: pytest.TempPathFactory) -> tuple[DeformableDetr, Path]:
     """A tiny detector of seven classes, and its ONNX file of open sizes. (Made once: torch.export is slow.)"""
+    pytest.importorskip("torch", OLDEST_EXPORTER)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("onnx")
@@ -192,6 +194,7 @@ def test_onnx_has_standard_operators_and_nothing_besides_the_student(
 
 def test_onnx_of_a_fixed_size(tmp_path: Path) -> None:
     """--image-size fixes the inputs' shapes; the detections are the same (scores within 1e-5)."""
+    pytest.importorskip("torch", OLDEST_EXPORTER)
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     detector = saved(tmp_path / "a.safetensors", PRESETS["tiny"](3, decoder_layers=1, levels=2, two_stage=True))

@@ -20,6 +20,7 @@ from common.synthetic import draw_data_set
 from student_train import loop
 from student_train.__main__ import evaluate, export
 from student_train.config import DataOptions, ModelOptions, OptimisationOptions, OutputOptions, TrainConfig
+from student_train.export_onnx import OLDEST_EXPORTER
 from teacher_dump.config import DataOptions as DumpDataOptions
 from teacher_dump.config import DumpConfig, StoreOptions, TeacherOptions
 from teacher_dump.dump import run_dump
@@ -99,6 +100,7 @@ def test_exports_know_the_classes_and_nothing_of_the_teacher(folder: Path, tmp_p
     """The trained student's export: class names and ids; no more numbers than the student has, and no name of what
     training added."""
     if to == "onnx":
+        pytest.importorskip("torch", OLDEST_EXPORTER)
         onnx = pytest.importorskip("onnx")
         pytest.importorskip("onnxscript")
     checkpoint, out = folder / "run" / "best.safetensors", tmp_path / "out"
