@@ -18,7 +18,7 @@ from common.synthetic import draw_data_set
 from tests.dump_cases import SIDE, command, same_bytes
 from tests.training_cases import REPOSITORY, steps_of, wait_for_steps
 
-PATIENCE_S = 15
+PATIENCE_S = 25
 LINE = "error: another process of this training ended or cannot be reached ("
 
 
