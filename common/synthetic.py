@@ -6,8 +6,8 @@ Seven classes of shapes, turned, stretched and scaled, in textures that say noth
 and the border of uneven backgrounds, among strokes and specks that belong to no class, under noise: enough for a small
 detector to learn in minutes, too much for it to get right.
 
-Image i of a split depends on (seed, split, i) and the size alone: a larger data set begins with the smaller one, and
-any number of processes draws the same.
+Image i of a split depends on (seed, split, i), the size and the scale alone: a larger data set begins with the smaller
+one, and any number of processes draws the same.
 """
 
 from __future__ import annotations
@@ -82,8 +82,13 @@ class _Shape:
     whole_area_px: float  # outside the image included
 
 
-def draw_scene(seed: int, split: str, index: int, size: int = 128) -> tuple[npt.NDArray[np.uint8], list[SceneObject]]:
-    """Image number `index` of a split: RGB pixels (size, size, 3), and its objects from back to front."""
+def draw_scene(
+    seed: int, split: str, index: int, size: int = 128, scale: float = 1.0
+) -> tuple[npt.NDArray[np.uint8], list[SceneObject]]:
+    """Image number `index` of a split: RGB pixels (size, size, 3), and its objects from back to front.
+
+    scale: what the usual sizes of the shapes are multiplied by.
+    """
     generator = np.random.default_rng((seed, FIRST_IMAGE_IDS[split], index))
     canvas = _draw_strokes(generator, _background(generator, size), count=int(generator.integers(4, 13)))
     owners = np.full((size, size), -1)  # the foremost shape at each pixel
@@ -92,7 +97,7 @@ def draw_scene(seed: int, split: str, index: int, size: int = 128) -> tuple[npt.
     for _ in range(generator.binomial(11, 0.4)):
         name = str(generator.choice(list(SHAPES)))
         category_id, inside = SHAPES[name]
-        attempts = (_place(generator, inside, size) for _ in range(8))
+        attempts = (_place(generator, inside, size, scale) for _ in range(8))
         shape = next((shape for shape in attempts if _leaves_enough_visible(shape, owners, placed)), None)
         if shape is None:  # the image is full
             continue
@@ -107,16 +112,23 @@ def draw_scene(seed: int, split: str, index: int, size: int = 128) -> tuple[npt.
 
 
 def draw_data_set(
-    folder: Path, train_images: int = 3000, val_images: int = 300, seed: int = 0, size: int = 128, processes: int = 1
+    folder: Path,
+    train_images: int = 3000,
+    val_images: int = 300,
+    seed: int = 0,
+    size: int = 128,
+    scale: float = 1.0,
+    processes: int = 1,
 ) -> None:
     """Draw train2017/, val2017/ and annotations/ into a new folder, which appears complete or not at all.
 
     Raises UserError where the folder exists or cannot be written.
     """
-    if min(train_images, val_images) < 1 or seed < 0 or size < 2 * HALF_SIZES_PX[1]:
+    if min(train_images, val_images) < 1 or seed < 0 or scale <= 0 or size < 2 * HALF_SIZES_PX[1] * scale:
         raise UserError(
-            f"expected at least one image of each split, a seed of 0 or above and a size of {2 * HALF_SIZES_PX[1]:.0f} "
-            f"pixels or more, found {train_images} and {val_images} images, seed {seed}, size {size}"
+            "expected at least one image of each split, a seed of 0 or above, a scale above 0 and a size of"
+            f" {2 * HALF_SIZES_PX[1]:.0f} pixels times the scale or more, found {train_images} and {val_images} images,"
+            f" seed {seed}, scale {scale:g}, size {size}"
         )
     if folder.exists():
         raise UserError(f"expected to make {folder}, but it exists: use it as it is, remove it, or name another")
@@ -124,18 +136,18 @@ def draw_data_set(
     try:
         shutil.rmtree(partial_folder, ignore_errors=True)
         for split, count in (("train2017", train_images), ("val2017", val_images)):
-            _draw_split(partial_folder, split, count, seed, size, processes)
+            _draw_split(partial_folder, split, count, seed, size, scale, processes)
         partial_folder.rename(folder)
     except OSError as error:
         raise UserError(f"expected to write a data set to {folder}: {error.strerror}") from None
 
 
-def _draw_split(folder: Path, split: str, count: int, seed: int, size: int, processes: int) -> None:
+def _draw_split(folder: Path, split: str, count: int, seed: int, size: int, scale: float, processes: int) -> None:
     (folder / split).mkdir(parents=True)
     (folder / "annotations").mkdir(exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    write = partial(_write_scene, folder / split, seed, split, size)
+    write = partial(_write_scene, folder / split, seed, split, size, scale)
     with _mapper(processes) as mapper:
         for index, objects in enumerate(
             tqdm(mapper(write, range(count)), split, total=count, unit="image", disable=None)
@@ -156,8 +168,8 @@ def _draw_split(folder: Path, split: str, count: int, seed: int, size: int, proc
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
 
 
-def _write_scene(folder: Path, seed: int, split: str, size: int, index: int) -> list[SceneObject]:
-    pixels, objects = draw_scene(seed, split, index, size)
+def _write_scene(folder: Path, seed: int, split: str, size: int, scale: float, index: int) -> list[SceneObject]:
+    pixels, objects = draw_scene(seed, split, index, size, scale)
     Image.fromarray(pixels).save(folder / _file_name(FIRST_IMAGE_IDS[split] + index), quality=JPEG_QUALITY)
     return objects
 
@@ -216,9 +228,11 @@ def _draw_strokes(generator: np.random.Generator, canvas: Floats, count: int) ->
     return np.asarray(image).astype(np.float64)
 
 
-def _place(generator: np.random.Generator, inside: Callable[[Floats, Floats], Bools], size: int) -> _Shape:
+def _place(
+    generator: np.random.Generator, inside: Callable[[Floats, Floats], Bools], size: int, scale: float
+) -> _Shape:
     """The shape with a drawn size, stretch, angle and centre."""
-    half_size = float(np.exp(generator.uniform(*np.log(HALF_SIZES_PX))))
+    half_size = float(np.exp(generator.uniform(*np.log(HALF_SIZES_PX)))) * scale
     stretch = generator.uniform(0.75, 1.0)
     angle = generator.uniform(0, 2 * np.pi)
     centre_x, centre_y = generator.uniform(0, size, 2)
@@ -283,10 +297,19 @@ def _texture(generator: np.random.Generator, axes: tuple[Floats, Floats], behind
 
 
 def _main(
-    out: Path, train_images: int = 3000, val_images: int = 300, seed: int = 0, size: int = 128, processes: int = 1
+    out: Path,
+    train_images: int = 3000,
+    val_images: int = 300,
+    seed: int = 0,
+    size: int = 128,
+    scale: float = 1.0,
+    processes: int = 1,
 ) -> None:
-    """Draw a data set in COCO's format: OUT/train2017, OUT/val2017 and OUT/annotations."""
-    run_command(lambda: draw_data_set(out, train_images, val_images, seed, size, processes))
+    """Draw a data set in COCO's format: OUT/train2017, OUT/val2017 and OUT/annotations.
+
+    scale: what the sizes of the shapes, 14 to 60 pixels, are multiplied by.
+    """
+    run_command(lambda: draw_data_set(out, train_images, val_images, seed, size, scale, processes))
 
 
 if __name__ == "__main__":

@@ -20,13 +20,17 @@ _KEYS = ("ap", "ap50", "ap_small", "ap_medium", "ap_large")
 
 @dataclass(frozen=True)
 class Run:
-    """What is on record of a run. evaluations: (step, CocoMetrics as a dict), in order. steps: each step's line."""
+    """What is on record of a run. evaluations: (step, CocoMetrics as a dict), in order. steps: each step's line.
+
+    peak_memory_bytes: of the GPU, None if it was trained without one.
+    """
 
     name: str
     what: str
     parameters: int
     evaluations: tuple[tuple[int, dict[str, Any]], ...]
     steps: tuple[dict[str, Any], ...]
+    peak_memory_bytes: int | None = None
 
     @property
     def durations_s(self) -> list[float]:
@@ -49,7 +53,8 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder}: expected the folder of a run, with {RUN} and {METRICS} ({error})") from None
     evaluations = tuple((line["step"], line["evaluation"]) for line in lines if "evaluation" in line)
     steps = tuple(line for line in lines if "evaluation" not in line)
-    return Run(folder.name, what, parameters, evaluations, steps)
+    peaks = [line["peak_memory_bytes"] for line in lines if "peak_memory_bytes" in line]
+    return Run(folder.name, what, parameters, evaluations, steps, max(peaks, default=None))
 
 
 def table(runs: Sequence[Run]) -> str:

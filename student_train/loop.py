@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -191,6 +191,12 @@ class Run:
     def finished(self) -> bool:
         return self.training.step >= self.total_steps
 
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        """The most device memory that tensors of this process took; None on a CPU."""
+        device = self.training.device
+        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
     def to_the_end(self) -> CocoMetrics:
         """Train and evaluate from where the training stands; returns the last evaluation."""
         log.info(self.description())
@@ -285,7 +291,9 @@ class Run:
         except KeyboardInterrupt:  # the state was saved before
             self.interrupted()
         log.info(f"step {training.step}, epoch {training.epoch}: {metrics}")
-        evaluation = {"step": training.step, "epoch": training.epoch, "evaluation": vars(metrics)}
+        evaluation: dict[str, Any] = {"step": training.step, "epoch": training.epoch, "evaluation": vars(metrics)}
+        if self.peak_memory_bytes is not None:
+            evaluation["peak_memory_bytes"] = self.peak_memory_bytes
         self.folder.write_metrics(evaluation)
         training.evaluated_step = training.step
         if metrics.ap > training.best_ap or metrics.ap < 0:  # without boxes none is better: the last
@@ -365,6 +373,8 @@ class Run:
         lines = [time_spent(account)]
         if account.steps.steps >= STEPS_FOR_ADVICE:
             lines.append(bottleneck(account.steps, feed.work, self.config.data.workers))
+        if self.peak_memory_bytes is not None:
+            lines.append(f"peak memory of {self.training.device}: {self.peak_memory_bytes / 1e9:.1f} GB")
         lines += self.data.train.rule.report()
         if feed.broken:
             lines.append(f"skipped {len(feed.broken)} broken images: {', '.join(sorted(feed.broken))}")

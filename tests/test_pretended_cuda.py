@@ -21,6 +21,7 @@ from common.runtime import Ranks
 from common.synthetic import draw_data_set
 from kernels import deformable_triton, feature_loss, feature_loss_triton, hungarian_start
 from student_train import loop
+from student_train.compare import read_run
 from student_train.config import DistillationOptions, SpeedOptions, TrainConfig
 from student_train.evaluate import detect_split
 from student_train.loop import start, train
@@ -146,6 +147,7 @@ def test_a_run_and_its_resuming(folder: Path, tmp_path: Path, monkeypatch: pytes
         for name in ("whole", "stopped", "moved")
     )
     assert torch.equal(expected, resumed)
+    assert read_run(tmp_path / "whole" / "run").peak_memory_bytes is not None
     torch.testing.assert_close(expected, moved, rtol=1e-3, atol=1e-5)
 
 

@@ -83,6 +83,16 @@ def test_all_classes_and_a_range_of_sizes_occur(drawn: Path) -> None:
     assert max(longest) > 40
 
 
+def test_a_scale_draws_the_same_shapes_larger() -> None:
+    """Scenes of twice the pixels at twice the scale, against the usual ones: the same objects, their boxes twice as
+    large, to the third of a pixel that each edge is drawn to at either size."""
+    for index in range(8):
+        (_, usual), (_, larger) = (synthetic.draw_scene(0, "val2017", index, 96 * scale, scale) for scale in (1, 2))
+        assert [drawn.category_id for drawn in larger] == [drawn.category_id for drawn in usual]
+        expected, found = (np.array([drawn.box_xyxy_px for drawn in scene]) for scene in (usual, larger))
+        np.testing.assert_allclose(found, 2 * expected, rtol=0, atol=1.01)
+
+
 def test_boxes_are_the_extents_of_the_pixels_that_change(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scenes of one shape with noise and strokes off, against the same scene with its texture replaced by the
     background: the changed pixels span the box, to the pixel that an edge covers in part."""
