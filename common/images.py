@@ -17,11 +17,11 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 from torch import Tensor
 
-from common.augment import apply_image
 from common.coco import Annotations
 from common.errors import UserError
 from common.pixel_rule import SIDEWAYS, UPRIGHT, PixelRule, Size, grey_of_8_bits, orientation_of, upright
 from common.records import Augmentation, Batch, ImageEntry, Targets
+from common.replay import apply_image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -11,10 +11,13 @@ width and height, in 0..1; `boxes_xyxy_px` are corners in pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+
+if TYPE_CHECKING:  # drawing views, plans and manifests need no torch
+    from torch import Tensor
 
 LevelShapes = list[tuple[int, int]]  # (height, width) of each feature level, fine to coarse
 

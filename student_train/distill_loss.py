@@ -15,9 +15,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from common.boxes import clip, cxcywh_to_xyxy, xyxy_to_cxcywh
 from common.cache.codec import decode_logits
+from common.devices import mean_over_ranks
 from common.matching import BoxWeights, box_cost, finite_cost, pairs_of, queries_of_boxes
 from common.records import CachedBatch
-from common.runtime import mean_over_ranks
 from kernels import hungarian, hungarian_start, to_device
 from student_train.set_loss import box_losses, queries_at
 from student_train.step_counts import StepCounts

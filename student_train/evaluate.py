@@ -17,16 +17,53 @@ from tqdm import tqdm
 
 from common.ahead import map_ahead
 from common.augment import AugmentPolicy, draw, evaluation_policy, policy_of_sizes
-from common.coco import Annotations
+from common.coco import Annotations, check_images, load_annotations
 from common.detr.detector import DeformableDetr
-from common.evaluate import CocoMetrics, Result, coco_ap, coco_results, detect, ground_truth, shown_names
+from common.detr.weights import load_detector
+from common.devices import choose_device
+from common.evaluate import CocoMetrics, Result, coco_ap, coco_results, detect, ground_truth, shown_names, write_results
 from common.finite import check_finite
 from common.images import collate
+from common.pixel_rule import PixelRule
 from common.records import Batch
-from common.runtime import Ranks
+from common.runtime import Ranks, log
+from student_train.config import EvaluateConfig
 from student_train.feed import Sample, batch_to, replay
+from student_train.run_folder import check_free_of_runs, record_evaluation
 
 POLICY_KEY = "evaluation_policy"  # in the metadata of a student's file: how its images were resized
+
+
+def run_evaluate(config: EvaluateConfig) -> CocoMetrics:
+    """The AP of a checkpoint on a split; that of each class goes to the log."""
+    if config.record is not None:
+        check_free_of_runs(config.record)
+    device = choose_device(config.device)
+    annotations = load_annotations(config.data, config.split, config.image_folder).decoded_by(PixelRule(config.exif))
+    check_images(annotations)
+    detector, report = load_detector(config.checkpoint, data=annotations.categories)
+    for line in report.lines():
+        log.info(line)
+    policy = saved_policy(config.checkpoint, config.sizes)
+    results = detect_split(
+        detector.to(device),
+        annotations,
+        policy,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        name=str(config.checkpoint),
+    )
+    for line in annotations.rule.report():
+        log.warning(line)
+    if config.detections is not None:
+        write_results(config.detections, results)
+    metrics = average_precision(annotations, results)
+    if config.record is not None:
+        parameters = sum(parameter.numel() for parameter in detector.parameters())
+        record_evaluation(config.record, f"evaluation of {config.checkpoint.name}", parameters, metrics)
+    for line in class_table(annotations, metrics):
+        log.info(line)
+    return metrics
 
 
 def saved_policy(checkpoint: Path, sizes: tuple[int, ...] | None) -> AugmentPolicy:

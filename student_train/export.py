@@ -16,8 +16,7 @@ from common.augment import AugmentPolicy
 from common.categories import Categories
 from common.coco import load_annotations
 from common.detr import layouts
-from common.detr.backbone import MOBILENETS, RESNETS
-from common.detr.config import DetectorConfig
+from common.detr.config import MOBILENETS, RESNETS, DetectorConfig
 from common.detr.detector import DeformableDetr
 from common.detr.layouts import State
 from common.detr.timm_backbone import PREFIX as TIMM

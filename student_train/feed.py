@@ -20,13 +20,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from common.augment import AugmentPolicy, apply_boxes, apply_image, draw, draw_many
+from common.augment import AugmentPolicy, draw, draw_many
 from common.cache.buffers import BatchBuffers
 from common.cache.reader import CacheReader, CorruptRecord
 from common.coco import Annotations
 from common.errors import UserError
 from common.images import BrokenImage, collate, decode_image, normalise, read_image
 from common.records import Augmentation, Batch, ImageEntry, Targets
+from common.replay import apply_boxes, apply_image
 from common.runtime import Ranks, log
 from kernels import to_device
 from student_train.batching import (

@@ -22,19 +22,11 @@ from common.categories import Categories
 from common.detr.attention import FeedForward
 from common.detr.detector import DeformableDetr
 from common.detr.weights import save_detector
+from common.devices import choose_device, others_lost, seed_generators, start_processes
 from common.errors import UserError
 from common.evaluate import CocoMetrics
 from common.files import write_atomically
-from common.runtime import (
-    Ranks,
-    choose_device,
-    log,
-    others_lost,
-    read_ranks,
-    seed_generators,
-    start_logging,
-    start_processes,
-)
+from common.runtime import Ranks, log, read_ranks, start_logging
 from student_train.balance import Balance
 from student_train.checkpoint import Checkpoint, save_checkpoint
 from student_train.config import DistillationOptions, TrainConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,35 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from common.coco import Annotations
+from common.coco import Annotations, check_images, load_annotations
+from common.detr.weights import load_detector
+from common.devices import choose_device
 from common.evaluate import Result
 from common.figures import save_figure
 from common.images import load_entry
+from common.pixel_rule import PixelRule
+from common.runtime import log
+from student_train.config import PictureConfig
+from student_train.evaluate import detect_split, saved_policy
 
 CELL_INCHES = 2.4
+
+
+def run_picture(config: PictureConfig) -> None:
+    """Run the checkpoints on the first images of a split, and draw what each found."""
+    device = choose_device(config.device)
+    annotations = load_annotations(config.data, config.split, config.image_folder).decoded_by(PixelRule(config.exif))
+    shown = replace(annotations, entries=annotations.entries[: config.images])
+    check_images(shown)
+    results = {}
+    for checkpoint in config.checkpoints:
+        detector, report = load_detector(checkpoint, data=annotations.categories)
+        for line in report.notes:
+            log.info(f"{checkpoint}: {line}")
+        policy = saved_policy(checkpoint, config.sizes)
+        name = checkpoint.parent.name or checkpoint.name
+        results[name] = detect_split(detector.to(device), shown, policy, batch_size=1, workers=1, name=str(checkpoint))
+    draw_detections(shown, results, config.out, config.min_score)
 
 
 def draw_detections(

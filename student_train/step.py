@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.detr.detector import DeformableDetr
+from common.devices import mean_over_ranks
 from common.errors import UserError
-from common.runtime import Ranks, mean_over_ranks
+from common.runtime import Ranks
 from kernels import to_device
 from student_train.balance import Balance
 from student_train.config import OptimisationOptions

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.runtime import mean_over_ranks
+from common.devices import mean_over_ranks
 from kernels import to_device
 
 

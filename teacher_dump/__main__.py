@@ -1,4 +1,7 @@
-"""python -m teacher_dump: phase one on the command line."""
+"""python -m teacher_dump: phase one on the command line.
+
+Each command imports what it runs after it has read its options, so that help and mistakes do not wait for PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,14 @@ from common.errors import run_command
 from common.runtime import log, read_ranks, start_logging
 from teacher_dump import config
 from teacher_dump.config import parse
-from teacher_dump.dump import run_dump
-from teacher_dump.inspect import run_inspect
-from teacher_dump.plan_report import run_plan
-from teacher_dump.repair import run_repair
-from teacher_dump.transcode import run_prune, run_transcode
-from teacher_dump.verify import run_verify
 
 PROGRAM = "python -m teacher_dump"
 
 
 def dump(arguments: list[str], prog: str) -> None:
     options = parse(config.DumpConfig, arguments, prog)
+    from teacher_dump.dump import run_dump
+
     summary = run_dump(options)
     rate = summary.samples / max(summary.duration_s, 1e-9)
     log.info(
@@ -33,28 +32,46 @@ def dump(arguments: list[str], prog: str) -> None:
 
 
 def plan(arguments: list[str], prog: str) -> None:
-    print(run_plan(parse(config.PlanConfig, arguments, prog)))
+    options = parse(config.PlanConfig, arguments, prog)
+    from teacher_dump.plan_report import run_plan
+
+    print(run_plan(options))
 
 
 def verify(arguments: list[str], prog: str) -> None:
-    if not run_verify(parse(config.VerifyConfig, arguments, prog)):
+    options = parse(config.VerifyConfig, arguments, prog)
+    from teacher_dump.verify import run_verify
+
+    if not run_verify(options):
         sys.exit(1)
 
 
 def repair(arguments: list[str], prog: str) -> None:
-    run_repair(parse(config.RepairConfig, arguments, prog))
+    options = parse(config.RepairConfig, arguments, prog)
+    from teacher_dump.repair import run_repair
+
+    run_repair(options)
 
 
 def inspect(arguments: list[str], prog: str) -> None:
-    print(run_inspect(parse(config.InspectConfig, arguments, prog)))
+    options = parse(config.InspectConfig, arguments, prog)
+    from teacher_dump.inspect import run_inspect
+
+    print(run_inspect(options))
 
 
 def transcode(arguments: list[str], prog: str) -> None:
-    run_transcode(parse(config.TranscodeConfig, arguments, prog))
+    options = parse(config.TranscodeConfig, arguments, prog)
+    from teacher_dump.transcode import run_transcode
+
+    run_transcode(options)
 
 
 def prune(arguments: list[str], prog: str) -> None:
-    run_prune(parse(config.PruneConfig, arguments, prog))
+    options = parse(config.PruneConfig, arguments, prog)
+    from teacher_dump.transcode import run_prune
+
+    run_prune(options)
 
 
 COMMANDS: dict[str, Callable[[list[str], str], None]] = {

@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from common.augment import apply_boxes, apply_image
 from common.boxes import cxcywh_to_xyxy
 from common.cache.codec import decode_logits
 from common.cache.reader import CacheReader
@@ -20,6 +19,7 @@ from common.figures import save_figure
 from common.images import load_entry
 from common.pixel_rule import rule_of_store
 from common.records import Augmentation, CachedBatch, ImageEntry
+from common.replay import apply_boxes, apply_image
 from teacher_dump.job import augmentation_of
 
 PREDICTIONS = 10  # drawn at most, the surest first

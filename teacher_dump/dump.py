@@ -23,7 +23,8 @@ from common.cache.plan import store_bytes
 from common.cache.reader import CorruptRecord
 from common.cache.storage import Location, OutOfReach
 from common.coco import Annotations, check_images, load_annotations
-from common.runtime import BAR_INTERVAL_S, Ranks, choose_device, log, read_ranks
+from common.devices import choose_device
+from common.runtime import BAR_INTERVAL_S, Ranks, log, read_ranks
 from common.subset import take_subset
 from teacher_dump.config import DumpConfig
 from teacher_dump.encode import (

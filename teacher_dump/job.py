@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from common.augment import AugmentPolicy, apply_boxes, apply_image, evaluation_policy, policy_of_sizes
+from common.augment import AugmentPolicy, evaluation_policy, policy_of_sizes
 from common.cache.plan import Plan, make_plan
 from common.cache.reader import read_manifest
 from common.cache.schema import DataInfo, Layout, Manifest, ViewInfo, differences
@@ -19,11 +19,13 @@ from common.cache.storage import Location, locate
 from common.cache.validate import check_crops, damage_explained
 from common.cache.writer import read_table
 from common.coco import Annotations, check_images, load_annotations
+from common.devices import choose_device
 from common.errors import UserError
 from common.images import BrokenImage, load_entry, pixel_fingerprint
 from common.pixel_rule import Exif, PixelRule, rule_of_store
 from common.records import Augmentation, ImageEntry, Targets
-from common.runtime import choose_device, software_versions
+from common.replay import apply_boxes, apply_image
+from common.runtime import software_versions
 from common.subset import take_subset
 from common.teacher import Teacher
 from teacher_dump.config import DataOptions, DumpConfig, SourceOptions

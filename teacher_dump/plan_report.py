@@ -11,8 +11,8 @@ import torch
 from common.cache.plan import field_bytes, store_bytes
 from common.cache.storage import locate
 from common.coco import Annotations, load_annotations
+from common.devices import choose_device
 from common.errors import UserError
-from common.runtime import choose_device
 from common.subset import take_subset
 from teacher_dump.config import DumpConfig, PlanConfig
 from teacher_dump.encode import Statistics, calibrate, calibrations, encode_records, run_teacher, statistics_of

@@ -17,22 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional
 
-from common.augment import (
-    EVAL_POLICY,
-    TRAIN_POLICY,
-    AugmentPolicy,
-    apply_boxes,
-    apply_image,
-    draw,
-    draw_many,
-    evaluation_policy,
-    flip_policy,
-)
+from common.augment import EVAL_POLICY, TRAIN_POLICY, AugmentPolicy, draw, draw_many, evaluation_policy, flip_policy
 from common.coco import load_annotations
 from common.errors import UserError
 from common.images import load_image
 from common.philox import choose, happens, philox_words
 from common.records import Augmentation, ImageEntry
+from common.replay import apply_boxes, apply_image
 
 SIDES = st.integers(16, 2000)
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.runtime import Ranks, read_ranks, start_processes
+from common.devices import start_processes
+from common.runtime import Ranks, read_ranks
 from student_train import loop
 from student_train.balance import AT_FIRST, EVERY, Balance
 from student_train.checkpoint import checkpoints, load_checkpoint

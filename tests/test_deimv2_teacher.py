@@ -16,12 +16,12 @@ import torch
 
 pytest.importorskip("transformers", reason="needs the extra: pip install 'detrcache[transformers]'")
 
-from common.augment import apply_boxes, apply_image
 from common.cache.reader import CacheReader
 from common.coco import Annotations, load_annotations
 from common.evaluate import CocoMetrics, coco_ap, coco_index, coco_results, detect, ground_truth
 from common.images import load_image
 from common.records import Augmentation
+from common.replay import apply_boxes, apply_image
 from common.teacher import Teacher
 from student_train import loop
 from student_train.config import (

@@ -12,13 +12,14 @@ import pytest
 import torch
 import zarr
 
-from common.augment import TRAIN_POLICY, apply_boxes, apply_image
+from common.augment import TRAIN_POLICY
 from common.cache.plan import field_bytes, make_plan
 from common.cache.reader import CacheReader
 from common.cache.schema import CodecInfo, DataInfo, Layout, Manifest, TeacherInfo, ViewInfo
 from common.coco import load_annotations
 from common.images import load_image
 from common.records import ImageEntry, Targets
+from common.replay import apply_boxes, apply_image
 from teacher_dump.job import augmentation_of
 from teacher_dump.teachers import load_teacher
 from tests.dump_cases import TEACHER, command, draw_scenes, dump, same_bytes

@@ -13,11 +13,12 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from common.augment import EVAL_POLICY, TRAIN_POLICY, apply_boxes, draw
+from common.augment import EVAL_POLICY, TRAIN_POLICY, draw
 from common.coco import Annotations, load_annotations
 from common.errors import UserError
 from common.evaluate import Result, coco_ap, coco_results, detect, ground_truth, original_boxes, write_results
 from common.records import Augmentation
+from common.replay import apply_boxes
 
 
 def perfect_results(annotations: Annotations, seed: int | None = None) -> list[Result]:

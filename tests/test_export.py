@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.augment import AugmentPolicy, apply_boxes, apply_image, draw, evaluation_policy, policy_of_sizes
+from common.augment import AugmentPolicy, draw, evaluation_policy, policy_of_sizes
 from common.categories import Categories
 from common.coco import Annotations, load_annotations
 from common.detr.config import DetectorConfig
@@ -24,6 +24,7 @@ from common.errors import UserError
 from common.evaluate import detect
 from common.images import collate, load_image, normalise
 from common.records import Augmentation, Batch, ImageEntry, Targets
+from common.replay import apply_boxes, apply_image
 from common.synthetic import draw_data_set
 from student_train.__main__ import export
 from student_train.export_onnx import OLDEST_EXPORTER

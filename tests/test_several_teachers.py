@@ -19,8 +19,9 @@ from common.cache.reader import CacheReader
 from common.detr.detector import DeformableDetr
 from common.detr.presets import PRESETS
 from common.detr.weights import load_detector, save_detector
+from common.devices import start_processes
 from common.errors import UserError
-from common.runtime import Ranks, read_ranks, start_processes
+from common.runtime import Ranks, read_ranks
 from common.synthetic import draw_data_set
 from student_train import loop
 from student_train.config import DistillationOptions, SpeedOptions, TrainConfig

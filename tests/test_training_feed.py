@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from common.augment import TRAIN_POLICY, apply_boxes, apply_image, draw, draw_many, flip_policy
+from common.augment import TRAIN_POLICY, draw, draw_many, flip_policy
 from common.cache.reader import CacheReader
 from common.coco import load_annotations
 from common.errors import UserError
 from common.images import PADDING_MULTIPLE, load_image, normalise
+from common.replay import apply_boxes, apply_image
 from common.runtime import Ranks
 from student_train.batching import (
     Indices,

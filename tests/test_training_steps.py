@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.detr.detector import DeformableDetr
-from common.runtime import Ranks, read_ranks, start_processes
+from common.devices import start_processes
+from common.runtime import Ranks, read_ranks
 from student_train import loop
 from student_train.config import DistillationOptions, OptimisationOptions, SpeedOptions, TrainConfig
 from student_train.ema import MovingAverage

@@ -39,7 +39,7 @@ PLAIN = DistillationOptions(logits_weight=0, feature_weight=0, assignment_weight
 
 # Children are forked from a process that has imported everything once and runs no threads yet.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["student_train.__main__", "tests.training_cases"])
+PROCESSES.set_forkserver_preload(["student_train.loop", "tests.training_cases"])
 
 
 def make_store(folder: Path) -> Path:

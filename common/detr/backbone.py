@@ -6,25 +6,15 @@ Every backbone gives its stages at strides 8, 16 and 32 (C3, C4, C5 in the usual
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.resnet import BasicBlock
 from torchvision.ops import FrozenBatchNorm2d
 
+from common.detr.config import MOBILENETS
 from common.detr.timm_backbone import PREFIX, TimmBackbone, build_timm
-
-STRIDES = (8, 16, 32)
-
-RESNETS: dict[str, Callable[..., ResNet]] = {
-    "resnet18": torchvision.models.resnet18,
-    "resnet34": torchvision.models.resnet34,
-    "resnet50": torchvision.models.resnet50,
-    "resnet101": torchvision.models.resnet101,
-}
-MOBILENETS = ("mobilenet_v2", "mobilenet_v2_1280")
-NAMES = (*RESNETS, *MOBILENETS, "tiny")
 
 
 class Backbone(nn.Module):
@@ -63,7 +53,7 @@ def build_backbone(
         return _tiny(tiny_channels, tiny_blocks)
     frozen = pretrained and name != "mobilenet_v2_1280"
     norm = FrozenBatchNorm2d if frozen else nn.BatchNorm2d
-    backbone = _mobilenet_v2(name, norm) if name in MOBILENETS else _resnet(RESNETS[name], norm)
+    backbone = _mobilenet_v2(name, norm) if name in MOBILENETS else _resnet(name, norm)
     if frozen:
         for child, module in backbone.body.items():
             if child in ("conv1", "layer1", "0", "1", "2", "3"):
@@ -71,8 +61,8 @@ def build_backbone(
     return backbone
 
 
-def _resnet(constructor: Callable[..., ResNet], norm: type[nn.Module]) -> Backbone:
-    network = constructor(norm_layer=norm)
+def _resnet(name: str, norm: type[nn.Module]) -> Backbone:
+    network = torchvision.models.get_model(name, norm_layer=norm)
     channels = network.fc.in_features
     body = [(name, module) for name, module in network.named_children() if name not in ("avgpool", "fc")]
     return Backbone(body, ("layer2", "layer3", "layer4"), (channels // 4, channels // 2, channels))

@@ -8,8 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from common.detr.backbone import NAMES, STRIDES
 from common.errors import UserError
+
+STRIDES = (8, 16, 32)  # of the three stages that every backbone gives, C3, C4 and C5
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")  # torchvision's names
+MOBILENETS = ("mobilenet_v2", "mobilenet_v2_1280")
+BACKBONES = (*RESNETS, *MOBILENETS, "tiny")
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,8 @@ class DetectorConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tiny_channels", tuple(self.tiny_channels))  # JSON knows lists only
-        if self.backbone not in NAMES and not self.backbone.startswith("timm:"):
-            raise UserError(f"expected a backbone among {', '.join(NAMES)} or timm:NAME; found {self.backbone!r}")
+        if self.backbone not in BACKBONES and not self.backbone.startswith("timm:"):
+            raise UserError(f"expected a backbone among {', '.join(BACKBONES)} or timm:NAME; found {self.backbone!r}")
         counts = ("num_classes", "width", "decoder_layers", "heads", "queries", "levels", "points", "tiny_blocks")
         for name in counts:
             if getattr(self, name) < 1:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from common.detr import mobilenet_names
-from common.detr.backbone import MOBILENETS
-from common.detr.config import DetectorConfig
+from common.detr.config import MOBILENETS, DetectorConfig
 
 State = dict[str, Tensor]
 

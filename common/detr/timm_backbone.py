@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.detr.config import STRIDES
 from common.errors import UserError
 
 PREFIX = "timm:"
-_STRIDES = (8, 16, 32)  # as common.detr.backbone has them
 
 
 class TimmBackbone(nn.Module):
@@ -63,7 +63,7 @@ def timm_stages(name: str) -> tuple[int, ...]:
     with torch.device("meta"):
         try:
             reductions = timm.create_model(name, features_only=True).feature_info.reduction()
-            indices = tuple(max(i for i, stride in enumerate(reductions) if stride == wanted) for wanted in _STRIDES)
+            indices = tuple(max(i for i, stride in enumerate(reductions) if stride == wanted) for wanted in STRIDES)
             body = timm.create_model(name, features_only=True, out_indices=indices)
             body.eval()(torch.zeros(1, 3, 128, 192))  # some take images of one size only
         except (RuntimeError, AttributeError, AssertionError, ValueError) as error:

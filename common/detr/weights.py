@@ -14,9 +14,9 @@ import torch
 
 from common import categories
 from common.categories import Categories, Outputs, match_outputs
-from common.detr.backbone import NAMES, build_backbone
+from common.detr.backbone import build_backbone
 from common.detr.checkpoint_files import FORMAT, Checkpoint, read_checkpoint
-from common.detr.config import DetectorConfig
+from common.detr.config import BACKBONES, DetectorConfig
 from common.detr.detector import DeformableDetr
 from common.detr.layouts import LAYOUTS, OWN, Layout, State, from_layout, gather_heads, to_layout
 from common.detr.timm_backbone import PREFIX, build_timm
@@ -304,13 +304,13 @@ def _backbone_of(state: State, checkpoint: Checkpoint) -> str:
     given = {name: shape for name, shape in given.items() if not _counts(name)}
     described = (checkpoint.config or {}).get("backbone_config")
     named = described.get("backbone") if isinstance(described, Mapping) else None
-    for backbone in (*NAMES, *([f"{PREFIX}{named}"] if isinstance(named, str) else [])):
+    for backbone in (*BACKBONES, *([f"{PREFIX}{named}"] if isinstance(named, str) else [])):
         with torch.device("meta"):
             body = build_backbone(backbone).body.state_dict()
         if given == {name: tensor.shape for name, tensor in body.items() if not _counts(name)}:
             return backbone
     raise UserError(
-        f"{checkpoint.path}: expected one of the backbones {', '.join(NAMES)}, found {len(given)} tensors such as "
+        f"{checkpoint.path}: expected one of the backbones {', '.join(BACKBONES)}, found {len(given)} tensors such as "
         f"{_some(list(given))} that are none of them"
     )
 

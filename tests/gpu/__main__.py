@@ -107,7 +107,7 @@ def what_is_lacking(device: str) -> str | None:
     if device == "cuda" and not torch.cuda.is_available():
         return f"expected a CUDA device, but torch {torch.__version__} finds none; nothing was run"
     try:
-        for name in ("pytest", "student_train.__main__", "teacher_dump.__main__"):
+        for name in ("pytest", "student_train.loop", "teacher_dump.dump"):
             importlib.import_module(name)
     except ImportError as error:
         return f"{error}: bring the wheels that this machine lacks, `python -m tests.gpu.wheels` (docs/gpu.md)"
