@@ -105,7 +105,10 @@ def stir(model: Any) -> Any:
     return model.eval()
 
 
-def build(family: str, labels: int, seed: int = 0) -> Any:
+SEEDS = {"d_fine": 4}  # untrained, its candidates for queries may tie up to rounding, which batches then decide
+
+
+def build(family: str, labels: int, seed: int | None = None) -> Any:
     """An untrained model of the family, in evaluation mode."""
-    torch.manual_seed(seed)
+    torch.manual_seed(SEEDS.get(family, 0) if seed is None else seed)
     return stir(BUILDERS[family](labels))
