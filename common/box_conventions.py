@@ -6,7 +6,6 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from common.runtime import log
 
 BULK = 10  # boxes, fewer say nothing of a convention
 TOLERANCE_PX = 1.0  # that annotation tools round by
@@ -15,8 +14,9 @@ SOME, MOST, ALL = 0.1, 0.5, 0.99  # shares of all boxes
 Floats = npt.NDArray[np.float64]
 
 
-def check_convention(boxes_xywh_px: Floats, sizes: npt.NDArray[np.int64]) -> None:
-    """UserError, with what they look like, where boxes in bulk cannot be meant as pixels of their images.
+def check_convention(boxes_xywh_px: Floats, sizes: npt.NDArray[np.int64]) -> str:
+    """UserError, with what they look like, where boxes in bulk cannot be meant as pixels of their images; a warning, or
+    nothing, where they can.
 
     boxes_xywh_px: (A, 4). sizes: (A, 2) width and height of each box's image.
 
@@ -25,7 +25,7 @@ def check_convention(boxes_xywh_px: Floats, sizes: npt.NDArray[np.int64]) -> Non
     boxes that are meant as they stand, few are inside when they are read so.
     """
     if len(boxes_xywh_px) < BULK:
-        return
+        return ""
     first, second = boxes_xywh_px[:, :2], boxes_xywh_px[:, 2:]
     small = second.max(axis=1) <= 1
     if small.mean() > MOST:
@@ -47,7 +47,8 @@ def check_convention(boxes_xywh_px: Floats, sizes: npt.NDArray[np.int64]) -> Non
     if other:
         raise UserError(f"expected every 'bbox' as [left, top, width, height] in pixels, found {leaving}: {other}")
     if share > SOME:
-        log.warning(f"every 'bbox' is read as [left, top, width, height] in pixels: {leaving}, are cut at the border")
+        return f"every 'bbox' is read as [left, top, width, height] in pixels: {leaving}, are cut at the border"
+    return ""
 
 
 def _inside(low: Floats, high: Floats, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

@@ -15,29 +15,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from common.categories import Categories, match_names
+from common.entries import GroundTruth, ImageEntries
 from common.errors import UserError
-from common.instances_json import Floats, Instances, Integers, read_instances
+from common.instances_json import read_instances
 from common.pixel_rule import PixelRule
 from common.records import ImageEntry
 from common.runtime import log
-
-
-@dataclass(frozen=True)
-class GroundTruth:
-    """All annotations of a split as they stand in the json, crowd regions and boxes over the border included: what the
-    evaluation compares with. Ascending by image id, and within an image in the order of the json.
-
-    image_ids, labels: (A,). boxes_xywh_px: (A, 4). areas_px: (A,). crowd: (A,) bool.
-    """
-
-    image_ids: Integers
-    labels: Integers
-    boxes_xywh_px: Floats
-    areas_px: Floats
-    crowd: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -47,22 +32,25 @@ class Annotations:
     entries: every image of the json, sorted by image id, those without annotations included; the boxes of an image are
     in the order of the json. category_ids, class_names: of each class index, ascending by id unless the split was put
     in the order of another (`in_order_of`).
-    sha256: of the json file's bytes, in hexadecimal: the identity of the annotations. truth: of all images of the json.
-    rule: how its images are decoded.
+    sha256: of the json file's bytes, in hexadecimal: the identity of the annotations. rule: how its images are decoded.
     """
 
-    entries: tuple[ImageEntry, ...]
+    entries: ImageEntries
     category_ids: tuple[int, ...]
     class_names: tuple[str, ...]
     annotation_file: Path
     image_folder: Path
     sha256: str
-    truth: GroundTruth
     rule: PixelRule = field(default_factory=PixelRule)
 
     @property
     def categories(self) -> Categories:
         return Categories(self.category_ids, self.class_names)
+
+    @property
+    def truth(self) -> GroundTruth:
+        """Of all images of the json, whichever of them are in `entries`."""
+        return self.entries.truth
 
     @property
     def num_classes(self) -> int:
@@ -96,30 +84,11 @@ def load_annotations(data: Path, split: str, image_folder: Path | None = None) -
     except UserError as error:
         raise UserError(f"{annotation_file}: {error}") from None
 
-    kept, boxes_xyxy_px = _boxes_to_learn(found)
-    labels = found.labels[kept]
-    # One array holds all boxes, an entry a view of its rows: a million small arrays would cost ten times the memory.
-    bounds = np.searchsorted(found.rows[kept], np.arange(len(found.image_ids) + 1)).tolist()
-    entries = tuple(
-        ImageEntry(image_id, file_name, width, height, boxes_xyxy_px[start:end], labels[start:end])
-        for image_id, file_name, (width, height), start, end in zip(
-            found.image_ids.tolist(), found.file_names, found.sizes.tolist(), bounds[:-1], bounds[1:], strict=True
-        )
+    if found.warning:
+        log.warning(found.warning)
+    return Annotations(
+        found.entries, found.category_ids, found.class_names, annotation_file, image_folder, found.sha256
     )
-    truth = GroundTruth(found.image_ids[found.rows], found.labels, found.boxes_xywh_px, found.areas_px, found.crowd)
-    return Annotations(entries, found.category_ids, found.names, annotation_file, image_folder, found.sha256, truth)
-
-
-def _boxes_to_learn(found: Instances) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]:
-    """Which annotations are kept, (N,), and their corners, clipped to their image, (N, 4)."""
-    left_top, size = found.boxes_xywh_px[:, :2], found.boxes_xywh_px[:, 2:]
-    # Rounded before they are clipped, which gives the same: an image's sides are exact in float32.
-    boxes_xyxy_px = np.concatenate((left_top, left_top + size), axis=1).astype(np.float32)
-    limits = found.sizes[found.rows].astype(np.float32)
-    for corners in (boxes_xyxy_px[:, :2], boxes_xyxy_px[:, 2:]):
-        np.clip(corners, 0, limits, out=corners)
-    kept = np.flatnonzero(~found.crowd & (boxes_xyxy_px[:, 2:] > boxes_xyxy_px[:, :2]).all(axis=1))
-    return kept, boxes_xyxy_px[kept]
 
 
 def in_order_of(split: Annotations, other: Annotations) -> Annotations:
@@ -149,18 +118,20 @@ def in_order_of(split: Annotations, other: Annotations) -> Annotations:
         split,
         category_ids=tuple(ours.ids[index] for index in order),
         class_names=tuple(ours.names[index] for index in order),
-        entries=tuple(replace(entry, labels=place[entry.labels]) for entry in split.entries),
-        truth=replace(split.truth, labels=place[split.truth.labels]),
+        entries=replace(split.entries, truth=replace(split.truth, labels=place[split.truth.labels])),
     )
 
 
 def missing_images(annotations: Annotations) -> list[str]:
     """File names of the index that are not in the image folder, found by listing it once."""
-    folder = annotations.image_folder
-    with os.scandir(folder) as listing:
-        present = {item.name for item in listing}
-    names = (entry.file_name for entry in annotations.entries)
-    return [name for name in names if name not in present and not ("/" in name and (folder / name).is_file())]
+    folder, entries = annotations.image_folder, annotations.entries
+    # Hashes of 64 bits in place of a million names in memory. Two that are equal by chance would hide a missing file
+    # here, and it would be named when it is read.
+    with os.scandir(os.fsencode(folder)) as listing:
+        present = np.fromiter((hash(item.name) for item in listing), np.int64)
+    wanted = np.fromiter(map(hash, entries.file_names()), np.int64, len(entries))
+    names = map(entries.file_name, np.flatnonzero(~np.isin(wanted, present)).tolist())
+    return [name for name in names if not ("/" in name and (folder / name).is_file())]
 
 
 def check_images(annotations: Annotations) -> None:

@@ -107,26 +107,26 @@ def ground_truth(annotations: Annotations, image_ids: Iterable[int] | None = Non
     image_ids: of these images, by default all. Annotations are numbered from 1, because pycocotools takes a match with
     annotation 0 for no match.
     """
-    wanted = None if image_ids is None else set(image_ids)
-    entries = [entry for entry in annotations.entries if wanted is None or entry.image_id in wanted]
+    entries = annotations.entries
+    if image_ids is not None:
+        entries = entries[np.isin(entries.image_ids, list(image_ids))]
     truth, ids = annotations.truth, annotations.category_ids
     found: list[dict[str, Any]] = []
-    bounds = np.searchsorted(truth.image_ids, [entry.image_id for entry in entries])
-    ends = np.searchsorted(truth.image_ids, [entry.image_id for entry in entries], side="right")
-    for entry, start, end in zip(entries, bounds.tolist(), ends.tolist(), strict=True):
+    for image_id, (start, end) in zip(entries.image_ids.tolist(), entries.box_bounds.tolist(), strict=True):
         columns = (truth.labels, truth.boxes_xywh_px, truth.areas_px, truth.crowd)
         for label, bbox, area, crowd in zip(*(column[start:end].tolist() for column in columns), strict=True):
             found.append(
                 {
                     "id": len(found) + 1,
-                    "image_id": entry.image_id,
+                    "image_id": image_id,
                     "category_id": ids[label],
                     "bbox": bbox,
                     "area": area,
                     "iscrowd": int(crowd),
                 }
             )
-    images = [{"id": entry.image_id, "width": entry.width, "height": entry.height} for entry in entries]
+    sizes = zip(entries.image_ids.tolist(), entries.sizes.tolist(), strict=True)
+    images = [{"id": image_id, "width": width, "height": height} for image_id, (width, height) in sizes]
     categories = [{"id": i, "name": name} for i, name in sorted(zip(ids, shown_names(annotations), strict=True))]
     return coco_index({"images": images, "annotations": found, "categories": categories})
 

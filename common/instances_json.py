@@ -18,11 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from common.box_conventions import check_convention
+from common.entries import Floats, GroundTruth, ImageEntries, Integers
 from common.errors import UserError
 from common.json_stream import Objects, UnexpectedKind, read_lists
 
-Integers = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 Columns = tuple[npt.NDArray[Any], ...]
 
 LONGEST_SIDE_PX = 2**24  # up to here float32, in which boxes are clipped, has every whole number
@@ -32,25 +31,16 @@ CROWD = {None: False, 0: False, 1: True, "0": False, "1": True, "false": False, 
 
 
 class Instances(NamedTuple):
-    """The columns of an 'instances' json.
+    """What an 'instances' json says: its images, and its K categories, ascending by id.
 
-    Of N images, ascending by id: image_ids (N,), file_names, sizes (N, 2) as width, height. Of K categories, ascending
-    by id: category_ids, names. Of A annotations, by image and within one in the file's order: rows (A,), of their
-    images, labels (A,) in 0..K-1, boxes_xywh_px (A, 4) as in the file, neither clipped nor dropped, areas_px (A,),
-    crowd (A,) bool. sha256: of the file's bytes.
+    sha256: of the file's bytes. warning: about its boxes, empty if there is none.
     """
 
-    image_ids: Integers
-    file_names: list[str]
-    sizes: Integers
+    entries: ImageEntries
     category_ids: tuple[int, ...]
-    names: tuple[str, ...]
-    rows: Integers
-    labels: Integers
-    boxes_xywh_px: Floats
-    areas_px: Floats
-    crowd: npt.NDArray[np.bool_]
+    class_names: tuple[str, ...]
     sha256: str
+    warning: str
 
 
 def read_instances(annotation_file: Path, image_folder: Path) -> Instances:
@@ -60,25 +50,28 @@ def read_instances(annotation_file: Path, image_folder: Path) -> Instances:
     """
     found, sha256 = _read_columns(annotation_file)
     image_ids, file_names, sizes = _checked_images(image_folder, *found.pop("images"))
+    encoded = [name.encode() for name in file_names]
     category_ids, names = _checked_categories(*found.pop("categories"))
     in_images, of_categories, boxes_xywh_px, areas_px, crowd = found.pop("annotations")
     rows = _positions(in_images, image_ids, "image")
     labels = _positions(of_categories, np.array(category_ids), "category")
-    check_convention(boxes_xywh_px, sizes[rows])
+    warning = check_convention(boxes_xywh_px, sizes[rows])
     order = np.argsort(rows, kind="stable")
-    return Instances(
+    entries = ImageEntries(
         image_ids,
-        file_names,
         sizes,
-        category_ids,
-        names,
-        rows[order],
-        labels[order],
-        boxes_xywh_px[order],
-        areas_px[order],
-        crowd[order],
-        sha256,
+        np.frombuffer(b"".join(encoded), np.uint8),
+        _bounds(np.array([len(name) for name in encoded])),
+        _bounds(np.bincount(rows, minlength=len(image_ids))),
+        GroundTruth(labels[order], boxes_xywh_px[order], areas_px[order], crowd[order]),
     )
+    return Instances(entries, category_ids, names, sha256, warning)
+
+
+def _bounds(lengths: Integers) -> Integers:
+    """Where each begins and ends (N, 2), of things of these lengths (N,) one after another."""
+    ends = np.cumsum(lengths)
+    return np.stack((ends - lengths, ends), axis=1)
 
 
 def _read_columns(annotation_file: Path) -> tuple[dict[str, Columns], str]:

@@ -29,7 +29,7 @@ def take_subset(annotations: Annotations, wanted: int | float | None) -> Annotat
             f"expected --subset of 1 to {count} images, or of a fraction of them such as 0.1, found {wanted}"
         )
     counters = np.zeros((count, 4), dtype=np.uint64)
-    counters[:, 0] = [entry.image_id for entry in annotations.entries]
+    counters[:, 0] = annotations.entries.image_ids
     words = philox_words(_KEY, counters)[:, 0]
     kept = np.sort(np.argsort(words, kind="stable")[: int(chosen)])
-    return replace(annotations, entries=tuple(annotations.entries[index] for index in kept.tolist()))
+    return replace(annotations, entries=annotations.entries[kept])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from common.ahead import map_ahead
-from common.augment import AugmentPolicy, draw, evaluation_policy, policy_of_sizes
+from common.augment import AugmentPolicy, evaluation_policy, policy_of_sizes
 from common.coco import Annotations, check_images, load_annotations
 from common.detr.detector import DeformableDetr
 from common.detr.weights import load_detector
@@ -28,7 +27,7 @@ from common.pixel_rule import PixelRule
 from common.records import Batch
 from common.runtime import Ranks, log
 from student_train.config import EvaluateConfig
-from student_train.feed import Sample, batch_to, replay
+from student_train.feed import FreshViews, Sample, batch_to, replay
 from student_train.run_folder import check_free_of_runs, record_evaluation
 
 POLICY_KEY = "evaluation_policy"  # in the metadata of a student's file: how its images were resized
@@ -96,16 +95,16 @@ def detect_split(
     """
     ranks = ranks or Ranks()
     device = next(detector.parameters()).device
-    samples = [
-        Sample(entry, draw(0, entry.image_id, 0, entry.width, entry.height, policy)) for entry in annotations.entries
-    ]
-    samples.sort(key=lambda sample: (sample.augmentation.height, sample.augmentation.width, sample.entry.image_id))
-    batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    views = FreshViews(annotations, policy, seed=0)
+    heights, widths = views.sizes(epoch=0).T
+    order = np.lexsort((widths, heights)).tolist()
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     own = batches[ranks.rank :: ranks.world_size]
 
-    def load(chosen: Sequence[Sample]) -> Batch:
-        replayed = [replay(sample, annotations) for sample in chosen]
-        return collate([(one.image, one.targets) for one in replayed])
+    def load(indices: list[int]) -> tuple[list[Sample], Batch]:
+        samples = [views.sample(0, index) for index in indices]
+        replayed = [replay(sample, annotations) for sample in samples]
+        return samples, collate([(one.image, one.targets) for one in replayed])
 
     results: list[Result] = []
     training = detector.training
@@ -113,7 +112,7 @@ def detect_split(
     with ThreadPoolExecutor(workers, "evaluation") as pool:
         loaded = map_ahead(pool, load, own, ahead=workers)
         bar = tqdm(loaded, "evaluating", total=len(own), leave=False, disable=not ranks.is_first or None)
-        for chosen, batch in zip(own, bar, strict=True):
+        for chosen, batch in bar:
             batch = batch_to(batch, device)
             output = detector(batch.images, batch.padding_mask)
             logits, boxes_cxcywh = output.logits[:, -1].cpu(), output.boxes_cxcywh[:, -1].cpu()

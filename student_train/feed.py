@@ -110,9 +110,6 @@ class FreshViews:
 
     def __init__(self, annotations: Annotations, policy: AugmentPolicy, seed: int) -> None:
         self.annotations, self.policy, self._seed = annotations, policy, seed
-        entries = annotations.entries
-        columns = [(entry.image_id, entry.width, entry.height) for entry in entries]
-        self._columns = np.array(columns, dtype=np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
         return len(self.annotations.entries)
@@ -122,7 +119,7 @@ class FreshViews:
         return Sample(entry, draw(self._seed, entry.image_id, epoch, entry.width, entry.height, self.policy))
 
     def sizes(self, epoch: int) -> Sizes:
-        image_ids, widths, heights = self._columns.T.copy()
+        image_ids, (widths, heights) = self.annotations.entries.image_ids, self.annotations.entries.sizes.T
         return draw_many(self._seed, image_ids, np.full(len(self), epoch), widths, heights, self.policy)[:, 5:7]
 
 
@@ -133,9 +130,9 @@ class CachedViews:
     """
 
     def __init__(self, annotations: Annotations, reader: CacheReader) -> None:
-        self._entries = {entry.image_id: entry for entry in annotations.entries}
+        self._entries = annotations.entries
         self._table, rows = reader.table, reader.rows()
-        rows = rows[np.isin(self._table.image_id[rows], list(self._entries))]
+        rows = rows[self._entries.rows_of(self._table.image_id[rows]) >= 0]
         self._by_image = rows[np.lexsort((self._table.view[rows], self._table.image_id[rows]))]
         self._first, self._views = np.unique(
             self._table.image_id[self._by_image], return_index=True, return_counts=True
@@ -155,7 +152,7 @@ class CachedViews:
     def sample(self, epoch: int, index: int) -> Sample:
         row = int(self.rows(epoch)[index])
         flip, *rest = self._table.augmentation[row].tolist()
-        return Sample(self._entries[int(self._table.image_id[row])], Augmentation(bool(flip), *rest), row)
+        return Sample(self._entries.of_image(int(self._table.image_id[row])), Augmentation(bool(flip), *rest), row)
 
     def sizes(self, epoch: int) -> Sizes:
         return self._table.augmentation[self.rows(epoch), 5:7]

@@ -100,7 +100,7 @@ def check_store(reader: CacheReader, annotations: Annotations) -> None:
     if manifest.data.category_ids != annotations.category_ids:
         raise UserError(f"{reader.path}: expected the categories of {annotations.annotation_file}, found others")
     with damage_explained(reader.storage):
-        check_crops(reader.table, {entry.image_id: entry for entry in annotations.entries})
+        check_crops(reader.table, annotations.entries)
     if manifest.views.pixel_fingerprint != pixel_fingerprint():
         software = ", ".join(f"{name} {version}" for name, version in manifest.software.items())
         raise UserError(

@@ -48,8 +48,8 @@ def keep_to(reader: CacheReader, shards: Shards) -> None:
 
 def in_store(annotations: Annotations, reader: CacheReader) -> Annotations:
     """The annotations with those images only of which the store has at least one finished record."""
-    here = set(np.unique(reader.table.image_id[reader.rows()]).tolist())
-    return replace(annotations, entries=tuple(entry for entry in annotations.entries if entry.image_id in here))
+    entries = annotations.entries
+    return replace(annotations, entries=entries[np.isin(entries.image_ids, reader.table.image_id[reader.rows()])])
 
 
 def say_if_unfinished(reader: CacheReader) -> None:

@@ -39,11 +39,12 @@ def draw_sample(reader: CacheReader, data: Path, image_folder: Path | None, imag
         )
     rule = rule_of_store(reader.path, reader.manifest.views.exif, None)
     annotations = load_annotations(data, reader.manifest.data.split, image_folder).decoded_by(rule)
-    entry = next((entry for entry in annotations.entries if entry.image_id == image_id), None)
-    if entry is None:
+    try:
+        entry = annotations.entries.of_image(image_id)
+    except KeyError:
         raise UserError(
             f"{annotations.annotation_file} has no image {image_id}; name the data that was dumped with --data"
-        )
+        ) from None
     augmentation = augmentation_of(reader.table.augmentation[row])
     image = apply_image(load_entry(annotations, entry), augmentation)
     record = reader.read([row])

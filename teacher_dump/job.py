@@ -23,7 +23,7 @@ from common.devices import choose_device
 from common.errors import UserError
 from common.images import BrokenImage, load_entry, pixel_fingerprint
 from common.pixel_rule import Exif, PixelRule, rule_of_store
-from common.records import Augmentation, ImageEntry, Targets
+from common.records import Augmentation, Targets
 from common.replay import apply_boxes, apply_image
 from common.runtime import software_versions
 from common.subset import take_subset
@@ -40,7 +40,6 @@ class Job:
     """Everything that decides what is written."""
 
     annotations: Annotations
-    entries: dict[int, ImageEntry]
     teacher: Teacher
     manifest: Manifest
     plan: Plan
@@ -82,7 +81,8 @@ def prepare(config: DumpConfig, annotations: Annotations, teacher: Teacher) -> J
         software=_software(),
     )
     plan = make_plan(
-        annotations.entries,
+        annotations.entries.image_ids,
+        annotations.entries.sizes,
         seed=draft.views.seed,
         views=draft.views.views,
         policy=draft.views.policy,
@@ -93,7 +93,7 @@ def prepare(config: DumpConfig, annotations: Annotations, teacher: Teacher) -> J
         sample_bytes=draft.row_bytes("sample"),
         group=draft.batch_size,
     )
-    return Job(annotations, _by_id(annotations), teacher, replace(draft, layout=plan.layout), plan)
+    return Job(annotations, teacher, replace(draft, layout=plan.layout), plan)
 
 
 def rule_of_dump(out: Location, wanted: Exif | None) -> PixelRule:
@@ -132,8 +132,8 @@ def job_of_store(store: Location, source: SourceOptions, *, same_software: bool)
         )
     with damage_explained(locate(store)):
         table = read_table(store, found)
-        check_crops(table, _by_id(annotations))
-    return Job(annotations, _by_id(annotations), teacher, found, Plan(table, found.layout))
+        check_crops(table, annotations.entries)
+    return Job(annotations, teacher, found, Plan(table, found.layout))
 
 
 def _policy(data: DataOptions) -> AugmentPolicy:
@@ -152,7 +152,8 @@ def load_sample(job: Job, row: int, skip_broken: bool) -> Sample:
     """Decode and replay one row of the plan. A broken image is a UserError, or a sample without pixels; one that is
     missing, cannot be read, or has another size than its annotations is a UserError."""
     table = job.plan.table
-    entry, augmentation = job.entries[int(table.image_id[row])], augmentation_of(table.augmentation[row])
+    entry = job.annotations.entries.of_image(int(table.image_id[row]))
+    augmentation = augmentation_of(table.augmentation[row])
     targets = apply_boxes(entry, augmentation)
     sample = Sample(row, entry.image_id, int(table.view[row]), targets, image=None)
     try:
@@ -183,7 +184,3 @@ def _data_info(annotations: Annotations, split: str) -> DataInfo:
 def _software() -> dict[str, str]:
     versions = software_versions()
     return {name: versions[name] for name in ("detrcache", "torch", "torchvision")}
-
-
-def _by_id(annotations: Annotations) -> dict[int, ImageEntry]:
-    return {entry.image_id: entry for entry in annotations.entries}

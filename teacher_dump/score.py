@@ -56,9 +56,8 @@ def score_store(store: Location, annotations: Annotations, limit: int = SCORED_S
     results = list(_results(reader, rows, augmentations))
     reader.close()
     whole = all(
-        (a.crop_height, a.crop_width) == (entry.height, entry.width)
-        for entry in annotations.entries
-        if (a := augmentations.get(entry.image_id)) is not None
+        (a.crop_height, a.crop_width) == (truth.imgs[image_id]["height"], truth.imgs[image_id]["width"])
+        for image_id, a in augmentations.items()
     )
     return Score(coco_ap(truth, results), len(rows), whole)
 

@@ -49,7 +49,6 @@ from common.cache.writer import (
     shard_key,
 )
 from common.errors import UserError
-from common.records import ImageEntry
 from kernels.feature_loss_reference import decode_tokens as kernels_decode
 from tests.benchmarks.cache_stores import plain_constants
 
@@ -57,10 +56,6 @@ SIZES = [(64, 48), (200, 100), (90, 160), (128, 128), (33, 70)]
 
 
 def make_store_inputs(codec: CodecInfo, images: int = 40, views: int = 2) -> tuple[Manifest, Plan]:
-    entries = [
-        ImageEntry(7 * i + 3, f"{i}.jpg", *SIZES[i % len(SIZES)], np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
-        for i in range(images)
-    ]
     policy = flip_policy(96)
     draft = Manifest(
         teacher=TeacherInfo("test", "", True, layers=2, queries=5, channels=16, strides=(8, 16)),
@@ -73,7 +68,8 @@ def make_store_inputs(codec: CodecInfo, images: int = 40, views: int = 2) -> tup
     )
     fields = draft.fields()
     plan = make_plan(
-        entries,
+        7 * np.arange(images) + 3,
+        np.array([SIZES[i % len(SIZES)] for i in range(images)]),
         seed=3,
         views=views,
         policy=policy,

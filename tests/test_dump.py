@@ -18,7 +18,7 @@ from common.cache.reader import CacheReader
 from common.cache.schema import CodecInfo, DataInfo, Layout, Manifest, TeacherInfo, ViewInfo
 from common.coco import load_annotations
 from common.images import load_image
-from common.records import ImageEntry, Targets
+from common.records import Targets
 from common.replay import apply_boxes, apply_image
 from teacher_dump.job import augmentation_of
 from teacher_dump.teachers import load_teacher
@@ -162,17 +162,14 @@ def test_a_dump_does_not_depend_on_its_history(scenes: Path, tmp_path: Path) -> 
     assert same_bytes(out, reference)
 
 
-def coco_like_entries(count: int) -> list[ImageEntry]:
-    """Images of the sizes that COCO's have, without annotations."""
+def coco_like_sizes(count: int) -> np.ndarray[Any, Any]:
+    """Widths and heights (N, 2) as COCO's images have them."""
     generator = np.random.default_rng(0)
     common = np.array([(640, 480), (480, 640), (640, 427), (427, 640), (640, 426), (500, 375), (640, 360), (612, 612)])
     sizes = common[generator.choice(len(common), count, p=[0.25, 0.08, 0.14, 0.05, 0.14, 0.14, 0.1, 0.1])]
     odd = generator.random(count) < 0.3
     sizes[odd] = generator.integers(200, 641, (int(odd.sum()), 2))
-    nothing = (np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
-    return [
-        ImageEntry(3 * i + 9, f"{i}.jpg", width, height, *nothing) for i, (width, height) in enumerate(sizes.tolist())
-    ]
+    return sizes
 
 
 @pytest.mark.parametrize("keep_tokens", [1.0, 0.25])
@@ -183,7 +180,8 @@ def test_plan_of_coco(keep_tokens: float) -> None:
     views = ViewInfo(0, 1, TRAIN_POLICY, "")
     draft = Manifest(teacher, DataInfo("train2017", "", 118287, (1,), ("a",)), views, codec, Layout(0, 1, 1, 1), 4, {})
     plan = make_plan(
-        coco_like_entries(118_287),
+        3 * np.arange(118_287) + 9,
+        coco_like_sizes(118_287),
         seed=0,
         views=1,
         policy=TRAIN_POLICY,

@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from common.augment import AugmentPolicy, draw_many
 from common.cache.schema import Field, Layout, Manifest, TeacherInfo
-from common.records import ImageEntry
 
 Integers = npt.NDArray[np.integer[Any]]
 
@@ -55,7 +54,8 @@ class Plan:
 
 
 def make_plan(
-    entries: Sequence[ImageEntry],
+    image_id: npt.NDArray[np.int64],
+    sizes: npt.NDArray[np.int64],
     *,
     seed: int,
     views: int,
@@ -67,18 +67,17 @@ def make_plan(
     sample_bytes: int,
     group: int,
 ) -> Plan:
-    """Plan `views` samples of every entry.
+    """Plan `views` samples of every image.
 
+    image_id: (N,). sizes: (N, 2), their width and height in pixels.
     strides, input_size: as in `TeacherInfo`. token_bytes, sample_bytes: of one row of all token fields and of all
     sample fields. group: samples that the teacher sees at once.
     """
-    image_id = np.array([entry.image_id for entry in entries], dtype=np.int64)
-    sizes = np.array([(entry.width, entry.height) for entry in entries], dtype=np.int64).reshape(-1, 2)
     columns = []
     for view in range(views):
-        drawn = draw_many(seed, image_id, np.full(len(entries), view), sizes[:, 0], sizes[:, 1], policy)
+        drawn = draw_many(seed, image_id, np.full(len(image_id), view), sizes[:, 0], sizes[:, 1], policy)
         order = _order(drawn[:, 5], drawn[:, 6], seed + view, group)
-        columns.append((image_id[order], np.full(len(entries), view, dtype=np.int32), drawn[order]))
+        columns.append((image_id[order], np.full(len(image_id), view, dtype=np.int32), drawn[order]))
     ids, view_column, augmentation = (np.concatenate(column) for column in zip(*columns, strict=True))
 
     return lay_out(

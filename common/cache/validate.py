@@ -29,9 +29,9 @@ from common.cache.schema import (
     Manifest,
 )
 from common.cache.storage import Storage, read_checked
+from common.entries import ImageEntries
 from common.errors import UserError
 from common.ranges import MAX_SEED, MAX_SIDE_PX
-from common.records import ImageEntry
 
 # Far above what detectors have, and low enough that what follows from them fits into memory (docs/cache-format.md).
 MAX_IMAGE_SIDE_PX = 2**20
@@ -182,15 +182,12 @@ def constant_shapes(manifest: Manifest, there: Sequence[str] | Mapping[str, Any]
     return manifest.constants() | embeddings
 
 
-def check_crops(table: SampleTable, entries: Mapping[int, ImageEntry]) -> None:
-    """The crops of those samples whose image is among `entries`, by id, are inside it."""
-    ids = np.array(list(entries), dtype=np.int64)
-    order = np.argsort(ids)
-    sizes = np.array([(entry.height, entry.width) for entry in entries.values()], dtype=np.int64)[order]
-    place = np.searchsorted(ids[order], table.image_id).clip(max=len(ids) - 1)
-    known = ids[order][place] == table.image_id
+def check_crops(table: SampleTable, entries: ImageEntries) -> None:
+    """The crops of those samples whose image is among `entries` are inside it."""
+    rows = entries.rows_of(table.image_id)
     end = table.augmentation[:, 1:3] + table.augmentation[:, 3:5]
-    _check_rows(~known | (end <= sizes[place]).all(axis=1), "augmentation: expected crops inside their images")
+    inside = (end <= entries.sizes[rows][:, ::-1]).all(axis=1)
+    _check_rows((rows < 0) | inside, "augmentation: expected crops inside their images")
 
 
 def check_metadata(storage: Storage, manifest: Manifest) -> None:

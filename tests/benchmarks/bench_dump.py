@@ -14,6 +14,7 @@ import io
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ def _job(data: Path, teacher: str, side: int, images: int) -> Job:
         DataOptions(data, sizes=(side,)), TeacherOptions(f"random:{teacher}", batch_size=4), StoreOptions()
     )
     annotations = load_annotations(data, "train2017")
-    annotations = type(annotations)(**{**vars(annotations), "entries": annotations.entries[:images]})
+    annotations = replace(annotations, entries=annotations.entries[:images])
     return prepare(config, annotations, load_teacher(config.teacher.teacher, annotations, torch.device("cpu")))
 
 

@@ -6,21 +6,21 @@ padded batches. The `scaling` case is two threads against one.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from common.augment import TRAIN_POLICY
-from common.coco import Annotations, GroundTruth
+from common.coco import Annotations, load_annotations
 from common.images import collate
-from common.records import Batch, ImageEntry
+from common.records import Batch
 from student_train.feed import Feed, FeedOptions, FreshViews, replay
 from tests.benchmarks import Case
 
@@ -75,15 +75,17 @@ def _collate(samples: list[object]) -> Batch:
 
 def _images(folder: Path) -> Annotations:
     """JPEGs of smoothed noise, about as many bytes as COCO's: 180 kB."""
-    entries = []
     for image_id in range(IMAGES):
         noise = torch.rand(1, 3, 120, 160, generator=torch.Generator().manual_seed(image_id))
         fine = torch.rand(1, 3, 480, 640, generator=torch.Generator().manual_seed(image_id + IMAGES))
         smooth = torch.nn.functional.interpolate(noise, (480, 640), mode="bicubic").clamp(0, 1)
         pixels = ((0.85 * smooth + 0.15 * fine)[0].permute(1, 2, 0) * 255).byte().numpy()
         Image.fromarray(pixels).save(folder / f"{image_id}.jpg", quality=90)
-        boxes = np.array([[10, 10, 300, 300]], dtype=np.float32)
-        entries.append(ImageEntry(image_id, f"{image_id}.jpg", 640, 480, boxes, np.zeros(1, dtype=np.int64)))
-    nothing = np.zeros(0, dtype=np.int64)
-    truth = GroundTruth(nothing, nothing, np.zeros((0, 4)), np.zeros(0), np.zeros(0, dtype=bool))
-    return Annotations(tuple(entries), (1,), ("thing",), folder / "none.json", folder, "", truth)
+    (folder / "annotations").mkdir()
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.jpg", "width": 640, "height": 480} for i in range(IMAGES)],
+        "categories": [{"id": 1, "name": "thing"}],
+        "annotations": [{"image_id": i, "category_id": 1, "bbox": [10, 10, 290, 290]} for i in range(IMAGES)],
+    }
+    (folder / "annotations" / "instances_train.json").write_text(json.dumps(content))
+    return load_annotations(folder, "train", folder)
