@@ -19,6 +19,7 @@ import numpy as np
 from common.categories import Categories, match_names
 from common.entries import GroundTruth, ImageEntries
 from common.errors import UserError
+from common.inputs import annotation_file
 from common.instances_json import read_instances
 from common.pixel_rule import PixelRule
 from common.records import ImageEntry
@@ -72,23 +73,15 @@ def load_annotations(data: Path, split: str, image_folder: Path | None = None) -
 
     Raises UserError where the layout, the json, or a reference within it is broken.
     """
-    annotation_file, image_folder = data / "annotations" / f"instances_{split}.json", image_folder or data / split
-    for path, there in ((annotation_file, annotation_file.is_file()), (image_folder, image_folder.is_dir())):
-        if not there:
-            raise UserError(
-                f"expected {image_folder}/*.jpg and {data}/annotations/instances_{split}.json, but {path} does not "
-                "exist: name the data set with --data and the split with --split (`make demo` needs no data)"
-            )
+    file, image_folder = annotation_file(data, split, image_folder), image_folder or data / split
     try:
-        found = read_instances(annotation_file, image_folder)
+        found = read_instances(file, image_folder)
     except UserError as error:
-        raise UserError(f"{annotation_file}: {error}") from None
+        raise UserError(f"{file}: {error}") from None
 
     if found.warning:
         log.warning(found.warning)
-    return Annotations(
-        found.entries, found.category_ids, found.class_names, annotation_file, image_folder, found.sha256
-    )
+    return Annotations(found.entries, found.category_ids, found.class_names, file, image_folder, found.sha256)
 
 
 def in_order_of(split: Annotations, other: Annotations) -> Annotations:

@@ -1,6 +1,7 @@
 """python -m student_train [train] | sweep | evaluate | export | compare | picture: phase two on the command line.
 
-Each command imports what it runs after it has read its options, so that help and mistakes do not wait for PyTorch.
+Each command imports what it runs after it has read its options and looked for its files, so that help and mistakes do
+not wait for PyTorch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable
 
 from common.errors import run_command
+from common.inputs import annotation_file, check_checkpoint, check_store
 from common.runtime import read_ranks, start_logging
 from student_train import BEGUN_S, config
 from student_train.config import parse, parse_train
@@ -20,6 +22,14 @@ PROGRAM = "python -m student_train"
 def train(arguments: list[str]) -> None:
     """Train a student; the last line on stdout is its AP."""
     options = parse_train(arguments)
+    data, model = options.data, options.model
+    if data.cache is not None:
+        check_store(data.cache)
+    for split in (data.split, data.val_split):
+        annotation_file(data.data, split, data.image_folder)
+    for checkpoint in (model.init, model.backbone_weights, options.distillation.live_teacher):
+        if checkpoint is not None:
+            check_checkpoint(checkpoint)
     from student_train import loop
     from student_train.interruption import Interrupted
 
@@ -36,6 +46,8 @@ def train(arguments: list[str]) -> None:
 def evaluate(arguments: list[str]) -> None:
     """Evaluate a checkpoint; prints the AP and each class's."""
     options = parse(config.EvaluateConfig, arguments, f"{PROGRAM} evaluate")
+    annotation_file(options.data, options.split, options.image_folder)
+    check_checkpoint(options.checkpoint)
     from student_train.evaluate import run_evaluate
 
     start_logging()
@@ -57,6 +69,7 @@ def sweep(arguments: list[str]) -> None:
 def export(arguments: list[str]) -> None:
     """Write a checkpoint as another program reads it."""
     options = parse(config.ExportConfig, arguments, f"{PROGRAM} export")
+    check_checkpoint(options.checkpoint)
     from student_train.export import export as run_export
 
     start_logging()
@@ -77,6 +90,9 @@ def compare(arguments: list[str]) -> None:
 def picture(arguments: list[str]) -> None:
     """Draw what some checkpoints find in some images."""
     options = parse(config.PictureConfig, arguments, f"{PROGRAM} picture")
+    annotation_file(options.data, options.split, options.image_folder)
+    for checkpoint in options.checkpoints:
+        check_checkpoint(checkpoint)
     from student_train.picture import run_picture
 
     start_logging()

@@ -12,7 +12,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.figures import save_figure
-from student_train.run_folder import METRICS, RUN
+from student_train.config import METRICS, RUN
 
 COLUMNS = ("AP", "AP50", "APs", "APm", "APl")
 _KEYS = ("ap", "ap50", "ap_small", "ap_medium", "ap_large")

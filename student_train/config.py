@@ -32,6 +32,7 @@ OptionalExif = Annotated[Exif | None, tyro.conf.arg(metavar="{auto,apply,ignore}
 Config = TypeVar("Config")
 
 MARKERS = (tyro.conf.OmitArgPrefixes,)
+RUN, METRICS = "run.json", "metrics.jsonl"  # in a run's folder: how it was started; a line a step and evaluation
 RECIPE_BATCH_SIZE = 32  # for which the learning rate is meant
 
 

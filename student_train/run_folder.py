@@ -20,14 +20,13 @@ from common.evaluate import CocoMetrics
 from common.files import remove_unfinished, unwritable, write_json, write_text
 from common.runtime import log, software_versions
 from student_train.checkpoint import Checkpoint, checkpoints, load_newest
-from student_train.config import TrainConfig
+from student_train.config import METRICS, RUN, TrainConfig
 from student_train.selection import Shards
 from student_train.tracking import TRACKERS, EventFile, Tracker
 
 Teachers = Mapping[str, TeacherInfo] | None  # of a store of several, by name
 
 TIME = "%Y-%m-%dT%H:%M:%S%z"
-RUN, METRICS = "run.json", "metrics.jsonl"  # how a run was started; a line for each step and evaluation
 
 # What a continued run may have otherwise than the one it continues; its length, too, where no schedule depends on it.
 FREE_TO_CHANGE = ("output", "recipe", "data.data", "data.cache", "data.local_cache", "data.workers", "data.prefetch")

@@ -1,6 +1,7 @@
 """python -m teacher_dump: phase one on the command line.
 
-Each command imports what it runs after it has read its options, so that help and mistakes do not wait for PyTorch.
+Each command imports what it runs after it has read its options and looked for its files, so that help and mistakes do
+not wait for PyTorch.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from collections.abc import Callable
 from functools import partial
 
 from common.errors import run_command
+from common.inputs import annotation_file, check_store
 from common.runtime import log, read_ranks, start_logging
 from teacher_dump import config
-from teacher_dump.config import parse
+from teacher_dump.config import check_teacher, parse, split_name
 
 PROGRAM = "python -m teacher_dump"
 
 
 def dump(arguments: list[str], prog: str) -> None:
     options = parse(config.DumpConfig, arguments, prog)
+    check_sources(options)
     from teacher_dump.dump import run_dump
 
     summary = run_dump(options)
@@ -33,6 +36,7 @@ def dump(arguments: list[str], prog: str) -> None:
 
 def plan(arguments: list[str], prog: str) -> None:
     options = parse(config.PlanConfig, arguments, prog)
+    check_sources(options)
     from teacher_dump.plan_report import run_plan
 
     print(run_plan(options))
@@ -40,6 +44,7 @@ def plan(arguments: list[str], prog: str) -> None:
 
 def verify(arguments: list[str], prog: str) -> None:
     options = parse(config.VerifyConfig, arguments, prog)
+    check_store(options.store)
     from teacher_dump.verify import run_verify
 
     if not run_verify(options):
@@ -48,6 +53,7 @@ def verify(arguments: list[str], prog: str) -> None:
 
 def repair(arguments: list[str], prog: str) -> None:
     options = parse(config.RepairConfig, arguments, prog)
+    check_store(options.store)
     from teacher_dump.repair import run_repair
 
     run_repair(options)
@@ -55,6 +61,7 @@ def repair(arguments: list[str], prog: str) -> None:
 
 def inspect(arguments: list[str], prog: str) -> None:
     options = parse(config.InspectConfig, arguments, prog)
+    check_store(options.store)
     from teacher_dump.inspect import run_inspect
 
     print(run_inspect(options))
@@ -62,6 +69,7 @@ def inspect(arguments: list[str], prog: str) -> None:
 
 def transcode(arguments: list[str], prog: str) -> None:
     options = parse(config.TranscodeConfig, arguments, prog)
+    check_store(options.store)
     from teacher_dump.transcode import run_transcode
 
     run_transcode(options)
@@ -69,9 +77,18 @@ def transcode(arguments: list[str], prog: str) -> None:
 
 def prune(arguments: list[str], prog: str) -> None:
     options = parse(config.PruneConfig, arguments, prog)
+    check_store(options.store)
     from teacher_dump.transcode import run_prune
 
     run_prune(options)
+
+
+def check_sources(options: config.DumpConfig | config.PlanConfig) -> None:
+    """UserError where what is to be read is not there. A teacher with a name of its own may be: if it is in the store
+    already, it is not read again."""
+    annotation_file(options.data.data, options.data.split, options.data.image_folder)
+    if len(teachers := options.teacher.teachers) == 1 and not split_name(teachers[0])[0]:
+        check_teacher(teachers[0])
 
 
 COMMANDS: dict[str, Callable[[list[str], str], None]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -10,6 +11,7 @@ import tyro
 
 from common.cache.schema import CodecInfo, LogitsCodec, Rounding, TokenCodec
 from common.errors import UserError
+from common.inputs import is_missing
 from common.pixel_rule import Exif
 from common.ranges import MAX_SEED, MAX_SIDE_PX, AtLeast, AtMost, check_ranges
 
@@ -20,6 +22,7 @@ OptionalSize = Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="HEIGHT W
 OptionalInts = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...", help_behavior_hint="")]
 AtLeastOne = Annotated[int, AtLeast(1)]
 NotNegative = Annotated[int, AtLeast(0)]
+RANDOM, TRANSFORMERS = "random:", "hf:"  # before a teacher's name, where it is no checkpoint
 MAX_VIEWS = 10_000  # of an image: no training has more epochs
 # A folder, or a bucket's URL, whose slashes pathlib would fold.
 Place = Annotated[str | Path, tyro.conf.arg(metavar="PATH")]
@@ -123,6 +126,21 @@ class StoreOptions:
             rounding_of(tokens, self.rounding),
             preset.queries if self.queries is None else self.queries,
             preset.logits if self.logits is None else self.logits,
+        )
+
+
+def split_name(teacher: str) -> tuple[str, str]:
+    """`NAME=TEACHER` in two; the name is empty where there is none."""
+    named = re.fullmatch(r"([A-Za-z0-9._-]+)=(.+)", teacher)
+    return (named[1], named[2]) if named else ("", teacher)
+
+
+def check_teacher(name: str) -> None:
+    """UserError where a teacher is to be read from a checkpoint that is not there."""
+    if not name.startswith((RANDOM, TRANSFORMERS)) and is_missing(Path(name)):
+        raise UserError(
+            f"expected a teacher's checkpoint, found no file {name}; name one with --teacher, train one with"
+            " `python -m student_train --student r101`, or try the pipeline with --teacher random:r101"
         )
 
 

@@ -28,8 +28,7 @@ from common.replay import apply_boxes, apply_image
 from common.runtime import software_versions
 from common.subset import take_subset
 from common.teacher import Teacher
-from teacher_dump.config import DataOptions, DumpConfig, SourceOptions
-from teacher_dump.several import split_name
+from teacher_dump.config import DataOptions, DumpConfig, SourceOptions, split_name
 from teacher_dump.teachers import load_teacher
 
 Item = TypeVar("Item")

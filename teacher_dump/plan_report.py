@@ -14,12 +14,12 @@ from common.coco import Annotations, load_annotations
 from common.devices import choose_device
 from common.errors import UserError
 from common.subset import take_subset
-from teacher_dump.config import DumpConfig, PlanConfig
+from teacher_dump.config import RANDOM, DumpConfig, PlanConfig
 from teacher_dump.encode import Statistics, calibrate, calibrations, encode_records, run_teacher, statistics_of
 from teacher_dump.job import Job, load_sample, prepare, rule_of_dump
 from teacher_dump.several import one_by_one
 from teacher_dump.tables import duration, facts, size, table
-from teacher_dump.teachers import RANDOM, load_teacher
+from teacher_dump.teachers import load_teacher
 
 
 @dataclass(frozen=True)

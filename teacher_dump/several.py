@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
 from common.cache.members import check_member_name, member_names, member_path
 from common.errors import UserError
-from teacher_dump.config import DumpConfig
-from teacher_dump.teachers import RANDOM, TRANSFORMERS
+from teacher_dump.config import RANDOM, TRANSFORMERS, DumpConfig, split_name
 
 WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 
@@ -45,12 +43,6 @@ def one_by_one(config: DumpConfig) -> list[DumpConfig]:
         )
         for name, (_, teacher) in zip(names, named, strict=True)
     ]
-
-
-def split_name(teacher: str) -> tuple[str, str]:
-    """`NAME=TEACHER` in two; the name is empty where there is none."""
-    named = re.fullmatch(r"([A-Za-z0-9._-]+)=(.+)", teacher)
-    return (named[1], named[2]) if named else ("", teacher)
 
 
 def _usual_name(teacher: str) -> str:

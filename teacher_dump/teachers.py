@@ -13,8 +13,7 @@ from common.detr.weights import load_detector
 from common.errors import UserError
 from common.runtime import log
 from common.teacher import Teacher, detector_teacher, sha256_of
-
-RANDOM, TRANSFORMERS = "random:", "hf:"
+from teacher_dump.config import RANDOM, TRANSFORMERS, check_teacher
 
 
 def load_teacher(
@@ -41,11 +40,7 @@ def load_teacher(
         log.warning(f"{name} is an UNTRAINED teacher: good for a trial of the pipeline, worthless to learn from")
     else:
         path = Path(name)
-        if not path.exists():
-            raise UserError(
-                f"expected a teacher's checkpoint, found no file {name}; name one with --teacher, train one with"
-                " `python -m student_train --student r101`, or try the pipeline with --teacher random:r101"
-            )
+        check_teacher(name)
         model, report = load_detector(path)
         outputs = report.outputs_for(annotations.categories)
         for line in (*report.lines(), *outputs.notes):

@@ -31,7 +31,7 @@ from common.images import IMAGENET_MEAN, IMAGENET_STD, collate
 from common.records import LevelShapes, Targets
 from common.runtime import log
 from common.teacher import Teacher, TeacherOutput, sha256_of
-from teacher_dump.teachers import TRANSFORMERS
+from teacher_dump.config import TRANSFORMERS
 from teacher_dump.transformers_families import FAMILIES, Decoded, Family, Model, correct_deimv2, prepare_fine
 
 PROBE_SIZE = (256, 256)  # any multiple of the coarsest stride: shows a teacher of free size its strides

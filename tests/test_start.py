@@ -39,3 +39,47 @@ def test_help_and_misspelt_options_load_nothing_heavy(program: str, commands: in
     assert len(found) == 2 * commands
     for command, flag, status, *heavy in found:
         assert (status, heavy) == ({"--help": "0", "--nonesuch": "2"}[flag], []), (command, flag)
+
+
+MISSING = {
+    "teacher_dump": [
+        "dump",
+        "dump --data {scenes}",
+        "plan",
+        "plan --data {scenes} --split val2018",
+        "plan --data {scenes} --teacher nonesuch.pth",
+        "verify nonesuch.zarr",
+        "repair nonesuch.zarr",
+        "inspect nonesuch.zarr",
+        "transcode nonesuch.zarr out.zarr",
+        "prune nonesuch.zarr out.zarr",
+    ],
+    "student_train": [
+        "--cache nonesuch.zarr",
+        "--config nonesuch.toml",
+        "--student r5",
+        "--data {scenes} --val-split val2018",
+        "--data {scenes} --init nonesuch.pth",
+        "--data {scenes} --backbone-weights nonesuch.pth",
+        "--data {scenes} --live-teacher nonesuch.pth",
+        "evaluate nonesuch.safetensors --data {scenes}",
+        "evaluate nonesuch.safetensors",
+        "export nonesuch.safetensors --to onnx --out out.onnx",
+        "compare nonesuch",
+        "picture nonesuch.safetensors --data {scenes}",
+    ],
+}
+
+
+@pytest.mark.parametrize("program", MISSING)
+def test_missing_files_load_nothing_heavy(program: str, tmp_path: Path) -> None:
+    """Stores, checkpoints, data and recipes that are not there: status 2, before anything heavy is imported."""
+    scenes = tmp_path / "scenes"
+    for split in ("train2017", "val2017"):
+        (scenes / split).mkdir(parents=True)
+    (scenes / "annotations").mkdir()
+    for split in ("train2017", "val2017"):
+        (scenes / "annotations" / f"instances_{split}.json").touch()
+    lines = [line.format(scenes=scenes).split() for line in MISSING[program]]
+    found = ends(program, repr(lines))
+    assert found == [[*line, "2"] for line in lines]

@@ -52,6 +52,7 @@ from common.cache.validate import (
 )
 from common.cache.writer import finished_shards, read_skipped, read_table, shard_key
 from common.errors import UserError
+from common.inputs import no_store
 from common.records import CachedBatch
 from common.runtime import log
 from kernels.threads import Helpers
@@ -394,10 +395,7 @@ def read_manifest(store: Location) -> Manifest:
     try:
         metadata = storage.read("zarr.json")
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{storage}: expected a store written by `python -m teacher_dump`, found nothing of that kind"
-            " (no zarr.json); name the store with --cache"
-        ) from None
+        raise no_store(storage) from None
     except OSError as error:
         raise UserError(f"{storage}/zarr.json cannot be read: {error.strerror or error}") from None
     try:

@@ -28,6 +28,7 @@ import numpy.typing as npt
 from common.cache import crc32c
 from common.cache.schema import CHECKSUM_BYTES
 from common.errors import UserError
+from common.inputs import BUCKET
 from common.runtime import log
 
 TEMPORARY = ".partial"
@@ -357,8 +358,7 @@ def locate(location: Location) -> Storage:
     """The storage that a user names by a path or a URL. UserError for a URL that cannot be one of a store."""
     if isinstance(location, Folder | Bucket):
         return location
-    # pathlib folds s3://bucket to s3:/bucket.
-    url = re.match(r"(s3a?|gs|az|abfss?|memory):/+(.*)", str(location))
+    url = BUCKET.match(str(location))
     return _open_bucket(f"{url[1]}://{url[2].rstrip('/')}") if url else Folder(Path(location))
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from common.categories import from_mmdet
 from common.errors import UserError
+from common.inputs import check_checkpoint
 
 FORMAT = "detrcache.detector"
 MOST_TENSORS = 100_000  # published detectors have hundreds to a few thousand
@@ -54,8 +55,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises UserError if there is no such file, it is broken, or it holds no tensors.
     """
-    if not path.exists():
-        raise UserError(f"expected a checkpoint file, found nothing at {path}; check the path")
+    check_checkpoint(path)
     files = weight_files(path) if path.is_dir() else [path]
     state: dict[str, Tensor] = {}
     for file in files:
