@@ -233,8 +233,9 @@ class InspectConfig:
     """Draw this image: ground truth, the teacher's predictions, the weight map and the kept tokens."""
     view: NotNegative = 0
     """Which of its views."""
-    data: Path = Path("data/coco")
-    """Folder of the data that was dumped, for the image's pixels."""
+    data: OptionalPath = None
+    """Folder of the data that was dumped, for the image's pixels and boxes. Without --image-id: how much more
+    the weight map gives to tokens inside of boxes. (default: data/coco with --image-id)"""
     image_folder: OptionalPath = None
     """Folder of the images, which no file name leaves. (default: DATA/SPLIT)"""
     out: OptionalPath = None

@@ -21,6 +21,7 @@ from common.pixel_rule import rule_of_store
 from common.records import Augmentation, CachedBatch, ImageEntry
 from common.replay import apply_boxes, apply_image
 from teacher_dump.job import augmentation_of
+from teacher_dump.weight_map import level_weights
 
 PREDICTIONS = 10  # drawn at most, the surest first
 LEAST_SCORE = 0.3  # of the predictions drawn; where none reaches it, the three surest are
@@ -49,7 +50,8 @@ def draw_sample(reader: CacheReader, data: Path, image_folder: Path | None, imag
     image = apply_image(load_entry(annotations, entry), augmentation)
     record = reader.read([row])
     names = reader.manifest.data.class_names
-    levels = _level_weights(reader, record, row)
+    levels = level_weights(record, 0, reader.table.level_shapes[row])
+    total = max(float(sum(map(np.nansum, levels))), 1e-30)
 
     import matplotlib as mpl
 
@@ -65,7 +67,7 @@ def draw_sample(reader: CacheReader, data: Path, image_folder: Path | None, imag
     seen_height, seen_width = teacher.input_size or shown.shape[:2]
     for axis, level, stride in zip(axes[0, 1:], levels, teacher.strides, strict=True):
         cell_px = (stride * shown.shape[0] / seen_height, stride * shown.shape[1] / seen_width)
-        _draw_level(axis, shown, *level, cell_px)
+        _draw_level(axis, shown, level, float(np.nansum(level)) / total, cell_px)
         axis.set_title(f"stride {stride}: {axis.get_title()}", fontsize=9)
     figure.suptitle(f"image {image_id}, view {view}, {reader.manifest.teacher.name}", fontsize=11)
     save_figure(figure, out, dpi=110)
@@ -133,14 +135,3 @@ def _draw_level(
     axis.set_ylim(image.shape[0], 0)
     axis.set_title(f"{kept_rows.size} of {weights.size} tokens, {share:.0%} of the weight")
     axis.axis("off")
-
-
-def _level_weights(reader: CacheReader, record: CachedBatch, row: int) -> list[tuple[npt.NDArray[np.float32], float]]:
-    """For each level its stored weights (h, w), NaN where not kept, and its share of the sample's."""
-    shapes = reader.table.level_shapes[row]
-    sizes = shapes.prod(axis=1)
-    weights = np.full(int(sizes.sum()), np.nan, dtype=np.float32)
-    weights[record.token_positions.numpy()] = record.token_weights.numpy()
-    total = max(float(np.nansum(weights)), 1e-30)
-    parts = np.split(weights, np.cumsum(sizes)[:-1])
-    return [(part.reshape(shape), float(np.nansum(part)) / total) for part, shape in zip(parts, shapes, strict=True)]

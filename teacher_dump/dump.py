@@ -41,6 +41,7 @@ from teacher_dump.score import score_store
 from teacher_dump.several import one_by_one
 from teacher_dump.store import Batches, missing_shards, shard_rows, writable_store, write_errors, write_shards
 from teacher_dump.teachers import load_teacher
+from teacher_dump.weight_map import inside_ratio
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,12 @@ def _dump_teacher(config: DumpConfig, annotations: Annotations, device: torch.de
 
 
 def _log_score(out: Location, annotations: Annotations) -> None:
-    """Say how good the teacher is by what was written, where that can be read back."""
+    """Say how good the teacher is and where it looks by what was written, where that can be read back."""
     try:
         if (score := score_store(out, annotations)) is not None:
             log.info(str(score))
+        if (ratio := inside_ratio(out, annotations)) is not None:
+            log.info(str(ratio))
     except (CorruptRecord, OutOfReach) as error:
         log.warning(f"{out} is written, but the teacher could not be scored by it: {error}")
 

@@ -15,9 +15,12 @@ from common.cache.members import member_names, member_path
 from common.cache.plan import field_bytes, store_bytes
 from common.cache.reader import CacheReader
 from common.cache.schema import Manifest
+from common.coco import load_annotations
+from common.errors import UserError
 from teacher_dump.config import InspectConfig
 from teacher_dump.drawing import draw_sample
 from teacher_dump.tables import facts, size, table
+from teacher_dump.weight_map import inside_ratio
 
 
 def run_inspect(config: InspectConfig) -> str:
@@ -28,11 +31,26 @@ def run_inspect(config: InspectConfig) -> str:
     reader = CacheReader(config.store)
     try:
         if config.image_id is None:
-            return "\n".join(describe(reader))
+            return "\n".join([*describe(reader), *_where_it_looks(reader, config)])
         out = config.out or Path(f"image-{config.image_id}-view-{config.view}.png")
-        return draw_sample(reader, config.data, config.image_folder, config.image_id, config.view, out)
+        data = config.data or Path("data/coco")
+        return draw_sample(reader, data, config.image_folder, config.image_id, config.view, out)
     finally:
         reader.close()
+
+
+def _where_it_looks(reader: CacheReader, config: InspectConfig) -> list[str]:
+    """The ratio of weight inside and outside ground-truth boxes, where --data names these: COCO's take long to read."""
+    if config.data is None:
+        return []
+    annotations = load_annotations(config.data, reader.manifest.data.split, config.image_folder)
+    if annotations.sha256 != reader.manifest.data.annotations_sha256:
+        raise UserError(
+            f"{reader.path} was dumped with other annotations than {annotations.annotation_file}: name the data it was"
+            " dumped from with --data"
+        )
+    ratio = inside_ratio(config.store, annotations)
+    return [] if ratio is None else ["", str(ratio)]
 
 
 def describe(reader: CacheReader) -> list[str]:
