@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: redteam demo test test-oldest lint bench gpu results clean
+.PHONY: redteam demo test test-oldest lint bench gpu gpu-results results clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make redteam  kills, flips, crafted stores, bad wires, broken files and mistakes by the hundred (half an hour)"
 	@echo "make bench  speed and memory, as a table and build/bench.json"
 	@echo "make gpu    on a machine with a GPU: the tests and benchmarks that need one, 12 minutes at most, build/gpu.json"
+	@echo "make gpu-results  there: a teacher, its store and students of it; AP, speed and memory in 25 minutes"
 	@echo "make results  the tables and the plot of docs/results.md (hours; stopped, it goes on where it was)"
 
 .venv/ready: setup.cfg pyproject.toml tests/constraints.txt
@@ -50,8 +51,13 @@ bench: .venv/ready-bench
 	$(BIN)/python -m tests.benchmarks
 
 # Installs nothing: PyTorch is the machine's own, and what else it lacks lies in build/packages (docs/gpu.md).
+ON_GPU := PYTHONPATH=build/packages $(if $(wildcard .venv/ready),$(BIN)/python,$(PYTHON))
+
 gpu:
-	@PYTHONPATH=build/packages $(if $(wildcard .venv/ready),$(BIN)/python,$(PYTHON)) -m tests.gpu
+	@$(ON_GPU) -m tests.gpu
+
+gpu-results:
+	@$(ON_GPU) -m tests.gpu.results
 
 results: .venv/ready
 	$(BIN)/python -m tests.results

@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -25,6 +24,7 @@ from matplotlib.figure import Figure
 
 from common.errors import UserError, run_command
 from common.runtime import log, start_logging
+from common.synthetic import draw_data_set
 from student_train.compare import Run, read_run
 from student_train.config import (
     DataOptions,
@@ -35,6 +35,7 @@ from student_train.config import (
     TrainConfig,
 )
 from student_train.sweep import PlannedRun, execute, state_of
+from tests.studies import Curve, markdown, plot
 
 matplotlib.use("agg")  # files only, no display needed
 
@@ -125,10 +126,7 @@ def main(options: Options) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     scenes = options.out / "scenes"
     if not scenes.exists():
-        partial = scenes.with_suffix(".partial")
-        drawn = ("--train-images", IMAGES, "--val-images", VAL_IMAGES, "--seed", SCENES_SEED, "--size", SIZE_PX)
-        run("common.synthetic", "--out", partial, *drawn)
-        partial.rename(scenes)
+        draw_data_set(scenes, IMAGES, VAL_IMAGES, SCENES_SEED, SIZE_PX)
     wanted = [item for item in planned(options.out) if re.search(options.only, item.name)]
     for store in sorted({item.arm.store for item in wanted}):
         out = options.out / f"{store}.zarr"
@@ -208,36 +206,15 @@ def run(module: str, *arguments: object) -> None:
 # ---- what came of them
 
 
-@dataclass(frozen=True)
-class Curve:
-    """AP in percent over steps, of each finished seed; interpolated between evaluations, from 0 at step 0."""
-
-    steps: tuple[int, ...]
-    aps: tuple[tuple[float, ...], ...]
-
-    @property
-    def final(self) -> tuple[float, ...]:
-        return tuple(of_seed[-1] for of_seed in self.aps)
-
-    @property
-    def means(self) -> list[float]:
-        return [mean(at_step) for at_step in zip(*self.aps, strict=True)]
-
-    def reaches(self, ap: float) -> float | None:
-        """The first step at which the mean over seeds is at `ap`, None if it never is."""
-        points = [(0, 0.0), *zip(self.steps, self.means, strict=True)]
-        for (step0, ap0), (step1, ap1) in pairwise(points):
-            if ap1 >= ap:
-                return step0 + (step1 - step0) * max(0.0, (ap - ap0) / (ap1 - ap0))
-        return None
-
-
 def curve(start: Start, arm: Arm, out: Path) -> Curve | None:
     runs = [run for seed in start.seeds if (run := Item(start, arm, seed, out).trained()) is not None]
     if not runs:
         return None
     steps = tuple(step for step, _ in runs[0].evaluations)
     return Curve(steps, tuple(tuple(100 * metrics["ap"] for _, metrics in run.evaluations) for run in runs))
+
+
+COLUMNS = ("arm", "AP", "each seed", "over plain", "reaches plain's AP at")
 
 
 def tables(out: Path) -> str:
@@ -247,12 +224,11 @@ def tables(out: Path) -> str:
         rows = list(table_rows(start, start.arms(), out))
         if rows:
             head = f"### {start.name.capitalize()}, {start.steps} steps (teacher {100 * teacher:.1f})"
-            columns = "| arm | AP | each seed | over plain | reaches plain's AP at |\n|---|---|---|---|---|"
-            blocks.append("\n".join([head, "", columns, *rows]))
+            blocks.append(f"{head}\n\n{markdown(COLUMNS, rows)}")
     return "\n\n".join(blocks)
 
 
-def table_rows(start: Start, arms: Iterable[Arm], out: Path) -> Iterator[str]:
+def table_rows(start: Start, arms: Iterable[Arm], out: Path) -> Iterator[tuple[str, ...]]:
     plain = curve(start, ARMS[0], out)
     for arm in arms:
         found = curve(start, arm, out)
@@ -266,7 +242,7 @@ def table_rows(start: Start, arms: Iterable[Arm], out: Path) -> Iterator[str]:
             gain = f"{mean(gains):+.1f}" + (f" ± {stdev(gains):.1f}" if len(gains) > 1 else "")
             reached = found.reaches(mean(plain.final))
             share = "never" if reached is None else f"{100 * reached / start.steps:.0f}% of the steps"
-        yield f"| {arm.name} | {ap} | {seeds} | {gain} | {share} |"
+        yield arm.name, ap, seeds, gain, share
 
 
 def draw(out: Path, path: Path) -> None:
@@ -277,10 +253,7 @@ def draw(out: Path, path: Path) -> None:
         for arm in [arm for arm in ARMS if arm in start.arms()]:
             found = curve(start, arm, out)
             if found is not None:
-                steps, aps = (0, *found.steps), [(0.0, *of_seed) for of_seed in found.aps]
-                (line,) = panel.plot(steps, (0, *found.means), marker="o", markersize=3, label=arm.name)
-                low, high = ([choose(at) for at in zip(*aps, strict=True)] for choose in (min, max))
-                panel.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+                plot(panel, arm.name, found)
         panel.set(title=start.name, xlabel="step", ylabel="AP (%)", ylim=(0, None))
         panel.legend(fontsize=8)
     figure.savefig(path, dpi=110)

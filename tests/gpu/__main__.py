@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
 LIMIT_S = 720
 GRACE_S = 5  # for a job at its limit to write what it has
+DONE, AT_LIMIT = "done", "ended at its limit"
 PACKAGES = ("torch", "torchvision", "triton", "numba", "numpy", "zarr", "transformers", "deformops")
 
 
@@ -141,23 +142,27 @@ def run(job: Job, device: str, folder: Path) -> Outcome:
     out = out_of(job, folder)
     out.unlink(missing_ok=True)
     begun = time.monotonic()
-    process = subprocess.Popen(job.command(device, out), cwd=ROOT, start_new_session=True)
-    try:
-        status = process.wait(job.limit_s)
-        ended = "done" if status == 0 else f"exit status {status}"
-    except subprocess.TimeoutExpired:
-        status, ended = 1, f"ended at its limit of {job.limit_s} s"
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.send_signal(signal.SIGINT)  # pytest then writes the results that it has
-            process.wait(GRACE_S)
-    except BaseException:  # Ctrl-C
-        end_group(process)
-        raise
-    end_group(process)
+    ended = within(job.limit_s, job.command(device, out))
     wall_s = time.monotonic() - begun
     if job.tests:
-        return Outcome(job.name, ended, status == 0, wall_s, tests=results_of(out))
-    return Outcome(job.name, ended, status == 0, wall_s, rows=json.loads(out.read_text()) if out.is_file() else [])
+        return Outcome(job.name, ended, ended == DONE, wall_s, tests=results_of(out))
+    return Outcome(job.name, ended, ended == DONE, wall_s, rows=json.loads(out.read_text()) if out.is_file() else [])
+
+
+def within(limit_s: float, command: Sequence[str]) -> str:
+    """Run a command to its end or its limit, and end what it started; says how it ended."""
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    try:
+        status = process.wait(limit_s)
+        ended = DONE if status == 0 else f"exit status {status}"
+    except subprocess.TimeoutExpired:
+        ended = f"{AT_LIMIT} of {limit_s:.0f} s"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.send_signal(signal.SIGINT)  # pytest then writes the results that it has, a training saves itself
+            process.wait(GRACE_S)
+    finally:  # after Ctrl-C, too
+        end_group(process)
+    return ended
 
 
 def out_of(job: Job, folder: Path) -> Path:
