@@ -9,6 +9,7 @@ import os
 import stat
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from common.errors import UserError
 from common.pixel_rule import SIDEWAYS, UPRIGHT, PixelRule, Size, grey_of_8_bits, orientation_of, upright
 from common.records import Augmentation, Batch, ImageEntry, Targets
 from common.replay import apply_image
+from kernels import to_device
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -74,22 +76,32 @@ def _open_at_once(path: str, flags: int) -> int:
 def normalise(image: Tensor) -> Tensor:
     """uint8 (..., 3, H, W) -> float32, ImageNet's mean and standard deviation taken out."""
     shape = (3, 1, 1)
-    mean = torch.tensor(IMAGENET_MEAN, device=image.device).mul_(255).view(shape)
-    std = torch.tensor(IMAGENET_STD, device=image.device).mul_(255).view(shape)
-    return image.float().sub_(mean).div_(std)
+    mean, std = (torch.tensor(values).mul_(255).view(shape) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return image.float().sub_(to_device(mean, image.device)).div_(to_device(std, image.device))
 
 
 def collate(samples: Sequence[tuple[Tensor, Targets]]) -> Batch:
-    """Images (3, h, w) and their targets as one batch, padded right and bottom to a multiple of PADDING_MULTIPLE."""
+    """Images (3, h, w) of one dtype and their targets as one batch, padded with 0 right and bottom to a multiple of
+    PADDING_MULTIPLE."""
     height, width = (
         -(-max(image.shape[axis] for image, _ in samples) // PADDING_MULTIPLE) * PADDING_MULTIPLE for axis in (1, 2)
     )
-    images = torch.zeros(len(samples), 3, height, width)
+    images = torch.zeros(len(samples), 3, height, width, dtype=samples[0][0].dtype)
     padding_mask = torch.ones(len(samples), height, width, dtype=torch.bool)
     for row, (image, _) in enumerate(samples):
         images[row, :, : image.shape[1], : image.shape[2]] = image
         padding_mask[row, : image.shape[1], : image.shape[2]] = False
     return Batch(images, padding_mask, [targets for _, targets in samples])
+
+
+def batch_to(batch: Batch, device: torch.device) -> Batch:
+    """A batch of uint8 images on a device, normalised there: a quarter of the bytes to copy.
+
+    The ground truth stays on the host, where matchings are solved.
+    """
+    padding_mask = to_device(batch.padding_mask, device)
+    images = normalise(to_device(batch.images, device)).masked_fill_(padding_mask[:, None], 0.0)
+    return replace(batch, images=images, padding_mask=padding_mask)
 
 
 def pixel_fingerprint() -> str:

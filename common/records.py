@@ -67,7 +67,8 @@ class Targets:
 class Batch:
     """Samples padded to one size, right and bottom, to a multiple of the coarsest stride.
 
-    images: (B, 3, H, W) float32, normalised, 0 where padded. padding_mask: (B, H, W) bool, True where padded.
+    images: (B, 3, H, W), uint8 as `common.images.collate` gives them; float32, normalised, 0 where padded, once
+    `common.images.batch_to` has put them on a device. padding_mask: (B, H, W) bool, True where padded.
     """
 
     images: Tensor

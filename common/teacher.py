@@ -15,7 +15,7 @@ from torch import Tensor
 from common.cache.schema import TeacherInfo
 from common.detr.detector import DeformableDetr
 from common.geometry import level_shapes, token_positions_in_batch
-from common.images import collate, normalise
+from common.images import batch_to, collate
 from common.records import LevelShapes, Targets
 from common.targets import assignment_and_quality, released_token_weights, token_weights
 from kernels import to_device
@@ -127,25 +127,23 @@ def detector_teacher(
     return Teacher(
         info=info,
         constants=constants,
-        run=lambda images: run_detector(model, columns, [normalise(image) for image in images]),
+        run=lambda images: run_detector(model, columns, images),
         grid=lambda height, width: level_shapes(height, width, info.strides),
         has_neck=True,
     )
 
 
 def run_detector(model: DeformableDetr, columns: Sequence[int], images: Sequence[Tensor]) -> TeacherOutput:
-    """A detector's output for B normalised images (3, h, w), in one batch padded to the largest. See detector_output.
+    """A detector's output for B uint8 images (3, h, w), in one batch padded to the largest. See detector_output.
 
     What a detector says of a sample depends, in the last bits and at the borders of the image, on what else is in the
     batch: on the padding, and on the order of additions.
     """
     device = next(model.parameters()).device
     nothing = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-    batch = collate([(image, nothing) for image in images])
+    batch = batch_to(collate([(image, nothing) for image in images]), device)
     sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]
-    return detector_output(
-        model, columns, to_device(batch.images, device), to_device(batch.padding_mask, device), sizes
-    )
+    return detector_output(model, columns, batch.images, batch.padding_mask, sizes)
 
 
 @torch.no_grad()  # not inference_mode: a live teacher's tokens become part of the student's graph

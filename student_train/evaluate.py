@@ -22,12 +22,12 @@ from common.detr.weights import load_detector
 from common.devices import choose_device
 from common.evaluate import CocoMetrics, Result, coco_ap, coco_results, detect, ground_truth, shown_names, write_results
 from common.finite import check_finite
-from common.images import collate
+from common.images import batch_to, collate
 from common.pixel_rule import PixelRule
 from common.records import Batch
 from common.runtime import Ranks, log
 from student_train.config import EvaluateConfig
-from student_train.feed import FreshViews, Sample, batch_to, replay
+from student_train.feed import FreshViews, Sample, replay
 from student_train.run_folder import check_free_of_runs, record_evaluation
 
 POLICY_KEY = "evaluation_policy"  # in the metadata of a student's file: how its images were resized

@@ -25,11 +25,10 @@ from common.cache.buffers import BatchBuffers
 from common.cache.reader import CacheReader, CorruptRecord
 from common.coco import Annotations
 from common.errors import UserError
-from common.images import BrokenImage, collate, decode_image, normalise, read_image
+from common.images import BrokenImage, batch_to, collate, decode_image, read_image
 from common.records import Augmentation, Batch, ImageEntry, Targets
 from common.replay import apply_boxes, apply_image
 from common.runtime import Ranks, log
-from kernels import to_device
 from student_train.batching import (
     Indices,
     Sizes,
@@ -171,7 +170,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Replayed:
-    """A sample for the student: normalised pixels (3, h, w), ground truth, and the seconds that it took."""
+    """A sample for the student: uint8 pixels (3, h, w), ground truth, and the seconds that it took."""
 
     image: Tensor
     targets: Targets
@@ -189,7 +188,7 @@ def replay(sample: Sample, annotations: Annotations) -> Replayed:
     data = read_image(path)
     read = time.perf_counter()
     image = decode_image(data, str(path), (entry.width, entry.height), annotations.rule)
-    pixels = normalise(apply_image(image, sample.augmentation))
+    pixels = apply_image(image, sample.augmentation)
     targets = apply_boxes(entry, sample.augmentation)
     return Replayed(pixels, targets, read - begun, time.perf_counter() - read)
 
@@ -394,8 +393,3 @@ class _Pending:
     buffers: Buffers
     images: list[Future[Replayed]] = field(default_factory=list)
     cached: Future[_Read] | None = None
-
-
-def batch_to(batch: Batch, device: torch.device) -> Batch:
-    """Its pixels on a device: the ground truth stays on the host, where matchings are solved."""
-    return replace(batch, images=to_device(batch.images, device), padding_mask=to_device(batch.padding_mask, device))

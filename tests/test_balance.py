@@ -56,7 +56,7 @@ def begin(config: TrainConfig, ranks: Ranks | None = None) -> tuple[Training, Tr
 
 def forward(training: Training, step: TrainingStep, counts: list[StepCounts]) -> tuple[StudentOutput, Losses]:
     """The only part of a step through the student, and its weighted losses without scales."""
-    (part,) = step.parts
+    part = step.parts[0].to(CPU)
     output = training.student(part.batch.images, part.batch.padding_mask, part.taught)
     return output, losses_of(output, part.batch.targets, part.lessons, training.student.options, counts)
 

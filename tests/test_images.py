@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional
 
 from common import augment, images
 from common.errors import UserError
-from common.images import IMAGENET_MEAN, IMAGENET_STD, collate, load_image, normalise, pixel_fingerprint
+from common.images import IMAGENET_MEAN, IMAGENET_STD, batch_to, collate, load_image, normalise, pixel_fingerprint
 from common.records import Targets
 
 
@@ -108,6 +108,17 @@ def test_batches_are_padded_to_a_multiple_of_64() -> None:
         assert (batch.images[row] * batch.padding_mask[row]).abs().max() == 0
         assert batch.targets[row] is sample_targets
     assert not collate([(torch.rand(3, 64, 128), targets(1))]).padding_mask.any()
+
+
+def test_a_batch_of_bytes_is_normalised_on_its_device() -> None:
+    """Bytes padded and then normalised, against floats normalised and then padded with zeros: equal bit for bit."""
+    images = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in ((100, 64), (50, 129))]
+    bytes_ = collate([(image, targets(1)) for image in images])
+    assert bytes_.images.dtype == torch.uint8
+    batch = batch_to(bytes_, torch.device("cpu"))
+    expected = collate([(normalise(image), targets(1)) for image in images])
+    assert torch.equal(batch.images, expected.images)
+    assert torch.equal(batch.padding_mask, expected.padding_mask)
 
 
 def test_the_fingerprint_is_of_the_picture_its_comment_describes() -> None:

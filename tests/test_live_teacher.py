@@ -18,7 +18,7 @@ from common.detr.presets import PRESETS
 from common.detr.weights import load_detector, save_detector
 from common.errors import UserError
 from common.geometry import level_shapes, token_positions_in_batch
-from common.images import collate
+from common.images import batch_to, collate
 from common.records import Batch, CachedBatch
 from common.runtime import Ranks
 from common.synthetic import draw_data_set
@@ -133,7 +133,8 @@ def first_batch(data: Data, images: int = 4) -> tuple[Batch, list[int]]:
     samples = [source.sample(0, index) for index in range(len(source))]
     samples.sort(key=lambda sample: len(sample.entry.labels))
     replayed = [replay(sample, data.train) for sample in samples[:images]]
-    return collate([(one.image, one.targets) for one in replayed]), [sample.row for sample in samples[:images]]
+    batch = batch_to(collate([(one.image, one.targets) for one in replayed]), torch.device("cpu"))
+    return batch, [sample.row for sample in samples[:images]]
 
 
 def gradient(

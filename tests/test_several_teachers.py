@@ -272,7 +272,7 @@ def test_the_average_is_the_mean_of_its_teachers(folder: Path, tmp_path: Path) -
 def losses_in_epochs(config: TrainConfig, student: torch.nn.Module, choice: str, epochs: int) -> list[dict[str, float]]:
     """The losses of one batch, four samples of view 0, as its teachers are chosen in each of some epochs. choice: as
     --teachers, for the student with both teachers' bridges."""
-    from common.images import collate
+    from common.images import batch_to, collate
     from student_train.feed import CachedViews, replay
     from student_train.objective import needed_fields
     from tests.training_cases import losses_of
@@ -284,7 +284,8 @@ def losses_in_epochs(config: TrainConfig, student: torch.nn.Module, choice: str,
     teachers.prepare(needed_fields(config.distillation), seed=3)
     source = CachedViews(data.train, data.reader)
     samples = [source.sample(0, index) for index in range(4)]
-    batch = collate([(one.image, one.targets) for one in (replay(sample, data.train) for sample in samples)])
+    replayed = [replay(sample, data.train) for sample in samples]
+    batch = batch_to(collate([(one.image, one.targets) for one in replayed]), torch.device("cpu"))
     found = []
     with torch.no_grad():
         for epoch in range(epochs):

@@ -15,7 +15,7 @@ from common.augment import TRAIN_POLICY, draw, draw_many, flip_policy
 from common.cache.reader import CacheReader
 from common.coco import load_annotations
 from common.errors import UserError
-from common.images import PADDING_MULTIPLE, load_image, normalise
+from common.images import PADDING_MULTIPLE, load_image
 from common.replay import apply_boxes, apply_image
 from common.runtime import Ranks
 from student_train.batching import (
@@ -61,7 +61,7 @@ def test_the_feed_replays_in_order_from_any_step(views: FreshViews) -> None:
         for row, image_id in enumerate(part.image_ids):
             entry = next(entry for entry in views.annotations.entries if entry.image_id == image_id)
             augmentation = draw(3, image_id, 5, entry.width, entry.height, flip_policy(SIDE))
-            image = normalise(apply_image(load_image(views.annotations.image_path(entry)), augmentation))
+            image = apply_image(load_image(views.annotations.image_path(entry)), augmentation)
             assert torch.equal(part.batch.images[row, :, :SIDE, :SIDE], image)
             assert torch.equal(part.batch.targets[row].boxes_cxcywh, apply_boxes(entry, augmentation).boxes_cxcywh)
         assert step.box_counts == [len(targets.labels) for targets in part.batch.targets]

@@ -38,7 +38,7 @@ from common.cache.schema import (
     ViewInfo,
 )
 from common.coco import load_annotations
-from common.images import collate
+from common.images import batch_to, collate
 from common.records import Batch, CachedBatch
 from common.synthetic import draw_data_set
 from student_train.config import DataOptions, DistillationOptions, ModelOptions, OptimisationOptions, TrainConfig
@@ -224,7 +224,7 @@ def batches(
         for first in range(0, len(order) - BATCH + 1, BATCH):
             samples = [source.sample(epoch, int(index)) for index in order[first : first + BATCH]]
             found = [replay(sample, annotations) for sample in samples]
-            batch = collate([(one.image, one.targets) for one in found])
+            batch = batch_to(collate([(one.image, one.targets) for one in found]), torch.device("cpu"))
             yield batch, reader.read([sample.row for sample in samples]), [sample.row for sample in samples]
 
 
