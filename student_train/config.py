@@ -45,7 +45,7 @@ class DataOptions:
     local_cache: OptionalPath = None
     """Folder for copies of what is fetched from a bucket."""
     on_corrupt: Literal["raise", "skip"] = "raise"
-    """What to do about damaged records: stop, or train on other samples instead and list them."""
+    """Damaged records: stop, or train on other samples instead and list them."""
     data: Path = Path("data/coco")
     """Folder in COCO's layout: annotations/instances_SPLIT.json and SPLIT/*.jpg."""
     split: str = "train2017"
@@ -205,10 +205,12 @@ class OptimisationOptions:
 class SpeedOptions:
     accumulate: AtLeastOne = 1
     """Parts that the images of a step go through the student in, one after another: less memory, the same gradient."""
+    checkpoint_encoder: bool = False
+    """Compute the encoder twice instead of keeping all of it for the backward pass."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Automatic mixed precision."""
     compile: bool = False
-    """torch.compile the student's feed-forward layers and, on a GPU, its backbone: minutes at first, faster later."""
+    """torch.compile feed-forward layers and, on a GPU, the backbone: minutes at first."""
     similar_sizes: bool = True
     """Images of similar size share a step, which saves padding."""
 

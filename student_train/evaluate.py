@@ -45,7 +45,7 @@ def run_evaluate(config: EvaluateConfig) -> CocoMetrics:
         log.info(line)
     policy = saved_policy(config.checkpoint, config.sizes)
     results = detect_split(
-        detector.to(device),
+        detector.placed(device),
         annotations,
         policy,
         batch_size=config.batch_size,

@@ -43,7 +43,7 @@ class LiveTeacher:
 
     def look(self, images: Tensor, padding_mask: Tensor) -> LiveOutput:
         """images: (B, 3, H, W), padding_mask: (B, H, W) bool, as the student sees them."""
-        self.model.to(images.device)
+        self.model.placed(images.device)
         outputs = []
         valid = ~padding_mask
         sizes = torch.stack((valid[:, :, 0].sum(1), valid[:, 0].sum(1)), dim=1).tolist()

@@ -105,6 +105,8 @@ def start(config: TrainConfig, data: Data, device: torch.device, ranks: Ranks) -
     """A student that has seen nothing yet, on its device, with its optimiser."""
     options = config.optimisation
     student = prepare_student(config, data).to(device)
+    student.detector.placed(device)
+    student.detector.encoder.checkpointed = config.speed.checkpoint_encoder
     groups = student.parameter_groups(options.scaled_lr, options.backbone_lr_factor)
     for group in groups:
         group["initial_lr"] = group["lr"]
@@ -152,6 +154,10 @@ def resume(training: Training, checkpoint: Checkpoint) -> None:
     for group, saved in zip(training.optimizer.param_groups, checkpoint.optimizer["param_groups"], strict=True):
         saved["fused"] = group["fused"]  # follows from the device, which may be another now
     training.optimizer.load_state_dict(checkpoint.optimizer)
+    for parameter, state in training.optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape:  # in the parameter's layout, which follows from the device, too
+                state[name] = torch.empty_like(parameter).copy_(value)
     training.scaler.load_state_dict(checkpoint.scaler)
     if training.balance is not None and checkpoint.balance is not None:
         training.balance.load_state_dict(checkpoint.balance)

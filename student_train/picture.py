@@ -39,7 +39,9 @@ def run_picture(config: PictureConfig) -> None:
             log.info(f"{checkpoint}: {line}")
         policy = saved_policy(checkpoint, config.sizes)
         name = checkpoint.parent.name or checkpoint.name
-        results[name] = detect_split(detector.to(device), shown, policy, batch_size=1, workers=1, name=str(checkpoint))
+        results[name] = detect_split(
+            detector.placed(device), shown, policy, batch_size=1, workers=1, name=str(checkpoint)
+        )
     draw_detections(shown, results, config.out, config.min_score)
 
 

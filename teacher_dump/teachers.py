@@ -47,7 +47,7 @@ def load_teacher(
             log.info(line)
         columns = outputs.columns
         weights_sha256, trained = sha256_of(path), True
-    return detector_teacher(model.to(device), name, weights_sha256, trained, columns)
+    return detector_teacher(model.placed(device), name, weights_sha256, trained, columns)
 
 
 def _random_detector(name: str, classes: int, seed: int, device: torch.device) -> DeformableDetr:

@@ -9,9 +9,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from common.cache.reader import CacheReader
 from common.detr.detector import DeformableDetr
@@ -21,12 +23,13 @@ from common.runtime import Ranks
 from common.synthetic import draw_data_set
 from kernels import deformable_triton, feature_loss, feature_loss_triton, hungarian_start
 from student_train import loop
+from student_train.checkpoint import Checkpoint, load_newest
 from student_train.compare import read_run
 from student_train.config import DistillationOptions, SpeedOptions, TrainConfig
 from student_train.evaluate import detect_split
 from student_train.loop import start, train
 from student_train.prepare import prepare_data, prepare_feed
-from student_train.step import agree, train_step
+from student_train.step import Training, agree, train_step
 from tests import deformable_cases, feature_loss_cases
 from tests.dump_cases import command
 from tests.pretended_cuda import CUDA, Device, OnCuda, pretended_cuda
@@ -97,6 +100,7 @@ MODES: dict[str, tuple[dict[str, object], int]] = {  # what is changed, and how 
     "average of two teachers": ({"store": "two.zarr"}, 5),
     "random of two teachers": ({"store": "two.zarr", "teachers": "random"}, 5),
     "two parts": ({"speed": SpeedOptions(accumulate=2)}, 6),
+    "encoder computed twice": ({"speed": SpeedOptions(checkpoint_encoder=True)}, 3),
     "bf16": ({"speed": SpeedOptions(amp="bf16")}, 3),
     "fp16": ({"speed": SpeedOptions(amp="fp16")}, 3),
     "moving average": ({"ema": 0.9}, 3),
@@ -151,6 +155,38 @@ def test_a_run_and_its_resuming(folder: Path, tmp_path: Path, monkeypatch: pytes
     torch.testing.assert_close(expected, moved, rtol=1e-3, atol=1e-5)
 
 
+def test_layouts_follow_the_device(folder: Path, tmp_path: Path) -> None:
+    """The backbone's weights are channels last on the GPU, with the optimiser's moments, and not on the CPU, wherever
+    the checkpoint was written. CUDA's fused AdamW takes equal layouts only."""
+    config = config_of(folder, tmp_path)
+    config = replace(config, output=replace(config.output, device="cpu"))
+    train(config)
+    written = load_newest(tmp_path / "run" / "checkpoints")
+    assert written is not None
+    data, ranks = prepare_data(config.data), Ranks()
+    with pretended_cuda():
+        training = start(config, data, CUDA, ranks)
+        loop.resume(training, written)
+        assert layouts(training) == {True}
+        moved = Checkpoint(**vars(written) | {"optimizer": on_host(training.optimizer.state_dict())})
+    training = start(config, data, torch.device("cpu"), ranks)
+    loop.resume(training, moved)
+    assert layouts(training) == {False}
+
+
+def layouts(training: Training) -> set[bool]:
+    """Whether the 3 x 3 weights of the backbone, and the optimiser's moments of each, are channels last."""
+    weights = [p for p in training.student.detector.backbone.parameters() if p.dim() == 4 and p.shape[-1] == 3]
+    states = [training.optimizer.state[weight] for weight in weights]
+    tensors = [*weights, *(state[name] for state in states for name in ("exp_avg", "exp_avg_sq"))]
+    return {tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors}
+
+
+def on_host(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser's state as a checkpoint's file gives it back: layouts are kept."""
+    return tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, state)  # type: ignore[no-any-return]
+
+
 def test_a_live_teacher(folder: Path, tmp_path: Path) -> None:
     """A live teacher waits for its own matching of each sample and once for the sizes of all."""
     distillation = DistillationOptions(live_teacher=folder / "teacher.safetensors")
@@ -160,9 +196,16 @@ def test_a_live_teacher(folder: Path, tmp_path: Path) -> None:
     assert pretended.waits == Counter({MATCHING: 3 + 4, LOSSES: 1} | looked)
 
 
-def test_a_dump(folder: Path, tmp_path: Path) -> None:
-    """A dump on the pretended device, of a codec that has to be calibrated, against the same on the CPU: all fields of
-    all records are equal. It waits for matchings, for what is stored, and to learn whether it is finite."""
+def test_a_dump(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dump on the pretended device, of a codec that has to be calibrated, against the same on the CPU, its backbone
+    laid out as on a GPU, which changes the last bits: all fields of all records are equal. It waits for matchings, for
+    what is stored, and to learn whether it is finite."""
+
+    def placed(model: DeformableDetr, device: torch.device) -> DeformableDetr:
+        model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model.to(device)
+
+    monkeypatch.setattr(DeformableDetr, "placed", placed)
     data = ("--data", folder / "scenes", "--sizes", SIDE, "--workers", 1, "--preset", "compact")
     teacher = ("--teacher", folder / "teacher.safetensors")
     assert command(*data, *teacher, "--device", "cpu", "--out", tmp_path / "cpu.zarr") == 0

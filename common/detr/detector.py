@@ -82,6 +82,13 @@ class DeformableDetr(nn.Module):
         """(Q, 2C): position part, then content part; None where the queries are the encoder's proposals."""
         return None if self.query_embedding is None else self.query_embedding.weight
 
+    def placed(self, device: torch.device) -> DeformableDetr:
+        """This model, moved to a device. On a GPU its backbone is laid out channels last, as tensor cores compute."""
+        self.to(device)
+        if device.type == "cuda":
+            self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self
+
     def forward(self, images: Tensor, padding_mask: Tensor) -> DetectorOutput:
         """images: (B, 3, H, W) float, normalised, 0 where padded; padding_mask: (B, H, W) bool, True where padded."""
         encoded = self.encode(images, padding_mask)

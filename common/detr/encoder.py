@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from common.detr.attention import DeformableAttention, FeedForward, SamplingFrame, frame_of_points
 from common.detr.config import DetectorConfig
@@ -72,10 +73,14 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Neck tokens (B, T, C) -> memory (B, T, C)."""
+    """Neck tokens (B, T, C) -> memory (B, T, C).
+
+    checkpointed: training keeps each layer's input alone, and computes the layer again on the way back.
+    """
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
+        self.checkpointed = False
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
 
     def forward(
@@ -85,7 +90,10 @@ class Encoder(nn.Module):
         points = cell_centres(shapes, valid_ratios)[:, :, None] * valid_ratios[:, None]
         frame = frame_of_points(points, shapes)
         for layer in self.layers:
-            tokens = layer(tokens, positions, frame, token_mask, shapes)
+            if self.checkpointed and torch.is_grad_enabled():
+                tokens = checkpoint(layer, tokens, positions, frame, token_mask, shapes, use_reentrant=False)
+            else:
+                tokens = layer(tokens, positions, frame, token_mask, shapes)
         return tokens
 
 
