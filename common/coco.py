@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from common.annotation_cache import load_instances
 from common.categories import Categories, match_names
 from common.entries import GroundTruth, ImageEntries
 from common.errors import UserError
 from common.inputs import annotation_file
-from common.instances_json import read_instances
 from common.pixel_rule import PixelRule
 from common.records import ImageEntry
 from common.runtime import log
@@ -75,7 +75,7 @@ def load_annotations(data: Path, split: str, image_folder: Path | None = None) -
     """
     file, image_folder = annotation_file(data, split, image_folder), image_folder or data / split
     try:
-        found = read_instances(file, image_folder)
+        found = load_instances(file, image_folder)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 

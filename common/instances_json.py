@@ -33,7 +33,8 @@ CROWD = {None: False, 0: False, 1: True, "0": False, "1": True, "false": False, 
 class Instances(NamedTuple):
     """What an 'instances' json says: its images, and its K categories, ascending by id.
 
-    sha256: of the file's bytes. warning: about its boxes, empty if there is none.
+    sha256: of the file's bytes. warning: about its boxes, empty if there is none. names_folder: the absolute folder of
+    images, if file names in the json lead to it in another way than they do here; empty if they are the same.
     """
 
     entries: ImageEntries
@@ -41,6 +42,7 @@ class Instances(NamedTuple):
     class_names: tuple[str, ...]
     sha256: str
     warning: str
+    names_folder: str
 
 
 def read_instances(annotation_file: Path, image_folder: Path) -> Instances:
@@ -49,7 +51,7 @@ def read_instances(annotation_file: Path, image_folder: Path) -> Instances:
     image_folder: that file names are relative to, and must not leave.
     """
     found, sha256 = _read_columns(annotation_file)
-    image_ids, file_names, sizes = _checked_images(image_folder, *found.pop("images"))
+    image_ids, file_names, sizes, names_folder = _checked_images(image_folder, *found.pop("images"))
     encoded = [name.encode() for name in file_names]
     category_ids, names = _checked_categories(*found.pop("categories"))
     in_images, of_categories, boxes_xywh_px, areas_px, crowd = found.pop("annotations")
@@ -65,7 +67,7 @@ def read_instances(annotation_file: Path, image_folder: Path) -> Instances:
         _bounds(np.bincount(rows, minlength=len(image_ids))),
         GroundTruth(labels[order], boxes_xywh_px[order], areas_px[order], crowd[order]),
     )
-    return Instances(entries, category_ids, names, sha256, warning)
+    return Instances(entries, category_ids, names, sha256, warning, names_folder)
 
 
 def _bounds(lengths: Integers) -> Integers:
@@ -187,11 +189,13 @@ def _check_unique(values: Sequence[object], what: str) -> None:
 
 def _checked_images(
     image_folder: Path, ids: Integers, names: npt.NDArray[Any], sizes: Integers
-) -> tuple[Integers, list[str], Integers]:
-    """Image ids (N,) ascending, file names, and sizes (N, 2) as width, height."""
+) -> tuple[Integers, list[str], Integers, str]:
+    """Image ids (N,) ascending, file names, sizes (N, 2) as width, height, and `Instances.names_folder`."""
     _check_unique(ids.tolist(), "image id")
     root = os.path.join(os.path.abspath(image_folder), "")
-    names[:] = [_name_inside(name, root) for name in names.tolist()]
+    written = names.tolist()
+    names[:] = [_name_inside(name, root) for name in written]
+    names_folder = "" if names.tolist() == written else os.path.abspath(image_folder)
     _check_unique(names.tolist(), "file name")
     for row in np.flatnonzero((sizes.min(axis=1) <= 0) | (sizes.max(axis=1) > LONGEST_SIDE_PX)).tolist():
         width, height = sizes[row].tolist()
@@ -200,7 +204,7 @@ def _checked_images(
             f" {names[row]}"
         )
     order = np.argsort(ids)
-    return ids[order], names[order].tolist(), sizes[order]
+    return ids[order], names[order].tolist(), sizes[order], names_folder
 
 
 def _name_inside(name: object, root: str) -> str:

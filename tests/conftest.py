@@ -17,6 +17,12 @@ from tests.s3_server import CannotStart, Server, running_server
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing is kept in the folders of whoever runs the tests."""
+    os.environ["DETRCACHE_CACHE_FOLDER"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def _shared_data(name: str) -> Path:
     default = Path(__file__).resolve().parents[2] / "shared" / "data"
     folder = Path(os.environ.get("DETRCACHE_TEST_DATA", default)) / name

@@ -17,21 +17,23 @@ from pathlib import Path
 
 import numpy as np
 
+from common.annotation_cache import FOLDER_VARIABLE
+
 IMAGES, BOXES, CATEGORIES = 118_287, 860_001, 80
 SIZES = [(640, 480), (480, 640), (640, 427), (427, 640), (640, 426), (500, 375), (640, 360), (612, 612)]
 CORNERS = 27  # of a polygon
 
 
-def write_annotations(folder: Path, polygons: bool) -> None:
+def write_annotations(folder: Path, polygons: bool, image_count: int = IMAGES, box_count: int = BOXES) -> None:
     generator = np.random.default_rng(0)
-    sizes = generator.choice(len(SIZES), IMAGES, p=[0.3, 0.1, 0.16, 0.06, 0.14, 0.1, 0.08, 0.06])
+    sizes = generator.choice(len(SIZES), image_count, p=[0.3, 0.1, 0.16, 0.06, 0.14, 0.1, 0.08, 0.06])
     images = [
         {"id": 3 * i + 9, "file_name": f"{3 * i + 9:012d}.jpg", "width": SIZES[size][0], "height": SIZES[size][1]}
         for i, size in enumerate(sizes.tolist())
     ]
-    owners = generator.integers(0, IMAGES, BOXES).tolist()
-    labels = generator.integers(1, CATEGORIES + 1, BOXES).tolist()
-    boxes = np.round(generator.uniform(5, 150, (BOXES, 4)), 2).tolist()
+    owners = generator.integers(0, image_count, box_count).tolist()
+    labels = generator.integers(1, CATEGORIES + 1, box_count).tolist()
+    boxes = np.round(generator.uniform(5, 150, (box_count, 4)), 2).tolist()
     shapes = [
         [polygon] if polygons else [] for polygon in np.round(generator.uniform(0, 640, (997, 2 * CORNERS)), 2).tolist()
     ]
@@ -55,18 +57,21 @@ def main() -> None:
             write_annotations(Path(folder), polygons)
             size_mb = (Path(folder) / "annotations" / "instances_train2017.json").stat().st_size / 1e6
             command = [sys.executable, "-m", "teacher_dump", "plan", "--data", folder, "--teacher", "random:r101"]
-            start_s = time.perf_counter()
-            process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
-            assert process.stdout is not None
-            report = process.stdout.read()
-            _, status, usage = os.wait4(process.pid, 0)
-            duration_s = time.perf_counter() - start_s
-            assert status == 0
+            environment = os.environ | {FOLDER_VARIABLE: f"{folder}/cache"}
+            time.sleep(3)  # until the json's hash is noted, which it is not while it could still change unseen
+            for which in ("first", "again"):
+                start_s = time.perf_counter()
+                process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True, env=environment)
+                assert process.stdout is not None
+                report = process.stdout.read()
+                _, status, usage = os.wait4(process.pid, 0)
+                duration_s = time.perf_counter() - start_s
+                assert status == 0
+                print(
+                    f"plan {' '.join(options)}, {which}: {duration_s:.1f} s, {usage.ru_utime + usage.ru_stime:.1f} s of"
+                    f" CPU, {usage.ru_maxrss / 1e6:.2f} GB at its peak; {size_mb:.0f} MB of json"
+                )
         print(report)
-        print(
-            f"plan {' '.join(options)}: {duration_s:.1f} s, {usage.ru_utime + usage.ru_stime:.1f} s of CPU,"
-            f" {usage.ru_maxrss / 1e6:.2f} GB at its peak; {size_mb:.0f} MB of json"
-        )
 
 
 if __name__ == "__main__":
