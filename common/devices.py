@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from datetime import timedelta
 
 import numpy as np
@@ -23,10 +24,10 @@ def choose_device(name: str, ranks: Ranks | None = None) -> torch.device:
     ranks = ranks or Ranks()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"expected a device such as auto, cpu, cuda or cuda:1, found {name!r}") from None
+    if re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", name) is None:
+        advice = f": use cuda:{name}" if name.isdecimal() else ""
+        raise UserError(f"expected a device such as auto, cpu, cuda or cuda:1, found {name!r}{advice}")
+    device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"device {name!r} was asked for, but torch finds no CUDA device here; use --device cpu")
@@ -44,6 +45,11 @@ def start_processes(ranks: Ranks, device: torch.device) -> None:
     A process that waits for the others longer than PATIENCE_S gives up: they are gone, or cannot be reached.
     """
     if ranks.world_size > 1 and not dist.is_initialized():
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise UserError(
+                f"expected {' and '.join(missing)} for {ranks.world_size} processes, found none: use torchrun"
+            )
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE_S))
 

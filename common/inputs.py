@@ -1,9 +1,12 @@
-"""Whether what a command is to read is there at all: asked before PyTorch is imported, and by what reads it then."""
+"""Whether what a command is to read is there at all, and what it is to write can be: asked before PyTorch is imported,
+and by what reads it then."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import tempfile
 from pathlib import Path
 
 from common.errors import UserError
@@ -52,3 +55,15 @@ def no_store(store: object) -> UserError:
         f"{store}: expected a store written by `python -m teacher_dump`, found nothing of that kind (no zarr.json);"
         " name the store with --cache"
     )
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of a file that is to be written after long work. UserError where that could not be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error.strerror}): name another place") from None

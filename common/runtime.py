@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from tqdm import tqdm
 
+from common.errors import UserError
+
 log = logging.getLogger("detrcache")
 
 BAR_INTERVAL_S = 0.1 if sys.stderr.isatty() else 60.0
@@ -32,11 +34,37 @@ class Ranks:
 
 
 def read_ranks() -> Ranks:
-    """Ranks from torchrun's environment variables RANK, LOCAL_RANK and WORLD_SIZE."""
-    return Ranks(*(int(os.environ.get(name, default)) for name, default in _RANK_VARIABLES))
+    """Ranks from torchrun's environment variables RANK, LOCAL_RANK and WORLD_SIZE.
+
+    UserError where they contradict each other, and where another launcher started several processes that would not
+    know of each other.
+    """
+    given = {name: os.environ[name] for name in _RANK_VARIABLES if name in os.environ}
+    if not given:
+        _refuse_other_launchers()
+    expected = "expected RANK below WORLD_SIZE and LOCAL_RANK, all set by torchrun, found "
+    found = ", ".join(f"{name}={value}" for name, value in given.items())
+    try:
+        ranks = Ranks(*(int(given.get(name, default)) for name, default in _RANK_VARIABLES.items()))
+    except ValueError:
+        raise UserError(f"{expected}{found}") from None
+    known = "RANK" in given or ranks.world_size == 1
+    if not (known and 0 <= ranks.rank < ranks.world_size and ranks.local_rank >= 0):
+        raise UserError(f"{expected}{found}")
+    return ranks
 
 
-_RANK_VARIABLES = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+def _refuse_other_launchers() -> None:
+    for launcher, variable in _OTHER_LAUNCHERS.items():
+        if (processes := os.environ.get(variable, "1")) != "1":
+            raise UserError(
+                f"{launcher} started this command {processes} times, and each would do the whole work: let it start"
+                " torchrun once on each node (docs/tutorial.md), or set RANK=0 WORLD_SIZE=1 if you want just this"
+            )
+
+
+_RANK_VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+_OTHER_LAUNCHERS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
 
 
 def software_versions() -> dict[str, str]:

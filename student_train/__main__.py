@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 from common.errors import run_command
-from common.inputs import annotation_file, check_checkpoint, check_store
+from common.inputs import annotation_file, check_checkpoint, check_store, check_writable
 from common.runtime import read_ranks, start_logging
 from student_train import BEGUN_S, config
 from student_train.config import parse, parse_train
@@ -48,6 +49,9 @@ def evaluate(arguments: list[str]) -> None:
     options = parse(config.EvaluateConfig, arguments, f"{PROGRAM} evaluate")
     annotation_file(options.data, options.split, options.image_folder)
     check_checkpoint(options.checkpoint)
+    for out in (options.detections, options.record and options.record / config.METRICS):
+        if out is not None:
+            check_writable(out)
     from student_train.evaluate import run_evaluate
 
     start_logging()
@@ -70,6 +74,7 @@ def export(arguments: list[str]) -> None:
     """Write a checkpoint as another program reads it."""
     options = parse(config.ExportConfig, arguments, f"{PROGRAM} export")
     check_checkpoint(options.checkpoint)
+    check_writable(options.out / "config.json" if options.to == "transformers" else options.out)
     from student_train.export import export as run_export
 
     start_logging()
@@ -79,9 +84,11 @@ def export(arguments: list[str]) -> None:
 def compare(arguments: list[str]) -> None:
     """Print a table of runs and draw their curves."""
     options = parse(config.CompareConfig, arguments, f"{PROGRAM} compare")
-    from student_train.compare import draw_curves, read_run, table
+    check_writable(options.out)
+    from student_train.compare import distinct, draw_curves, read_run, table
 
-    runs = [read_run(folder) for folder in options.runs]
+    names = distinct([[folder.resolve().name, str(folder)] for folder in options.runs])
+    runs = [replace(read_run(folder), name=name) for folder, name in zip(options.runs, names, strict=True)]
     print(table(runs))
     draw_curves(runs, options.out)
     print(f"curves: {options.out}")
@@ -93,6 +100,7 @@ def picture(arguments: list[str]) -> None:
     annotation_file(options.data, options.split, options.image_folder)
     for checkpoint in options.checkpoints:
         check_checkpoint(checkpoint)
+    check_writable(options.out)
     from student_train.picture import run_picture
 
     start_logging()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,15 +47,33 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Read a run's folder. UserError if it is none."""
     try:
-        started = json.loads((folder / RUN).read_text())
-        lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+        started = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        lines = read_metrics(folder / METRICS)
         what, parameters = started["what"], started["parameters"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: expected the folder of a run, with {RUN} and {METRICS} ({error})") from None
     evaluations = tuple((line["step"], line["evaluation"]) for line in lines if "evaluation" in line)
     steps = tuple(line for line in lines if "evaluation" not in line)
     peaks = [line["peak_memory_bytes"] for line in lines if "peak_memory_bytes" in line]
     return Run(folder.name, what, parameters, evaluations, steps, max(peaks, default=None))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; one that is being written, or that a crash cut off, is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def distinct(names: Sequence[Sequence[str]]) -> list[str]:
+    """A name for each of some things that have several, the shortest first: the shortest that tells all of them apart.
+
+    names: (things, lengths), as many for each.
+    """
+    by_length = [list(column) for column in zip(*names, strict=True)]
+    return next((column for column in by_length if len(set(column)) == len(column)), by_length[-1])
 
 
 def table(runs: Sequence[Run]) -> str:
@@ -86,24 +105,23 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
     rows = -(-(1 + len(kinds)) // columns)
     figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    colours = {run.name: f"C{number}" for number, run in enumerate(runs)}
-    for run in runs:
+    for number, run in enumerate(runs):
         steps, aps = [step for step, _ in run.evaluations], [100 * metrics["ap"] for _, metrics in run.evaluations]
         if run.steps:
-            panels[0].plot(steps, aps, marker="o", label=run.name, color=colours[run.name])
+            panels[0].plot(steps, aps, marker="o", label=run.name, color=f"C{number}")
         elif aps:
             panels[0].axhline(aps[-1], linestyle="--", color="grey", label=run.name)
     panels[0].set(xlabel="step", ylabel="AP (%)")
-    panels[0].legend()
+    if panels[0].lines:
+        panels[0].legend()
     for panel, kind in zip(panels[1:], kinds, strict=False):
-        for run in runs:
+        for number, run in enumerate(runs):
             if kind in run.loss_names:
                 values = [_loss_of_kind(line, kind) for line in run.steps]
-                panel.plot([line["step"] for line in run.steps], _smoothed(values), color=colours[run.name])
+                panel.plot([line["step"] for line in run.steps], _smoothed(values), color=f"C{number}")
         panel.set(xlabel="step", ylabel=f"{kind} loss", yscale="log")
     for panel in panels[1 + len(kinds) :]:
         panel.set_axis_off()
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path, dpi=120)
 
 

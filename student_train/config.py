@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -31,6 +32,8 @@ OptionalName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior
 OptionalExif = Annotated[Exif | None, tyro.conf.arg(metavar="{auto,apply,ignore}", help_behavior_hint="")]
 Config = TypeVar("Config")
 
+_PART = r"\w(?:[\w.:+=,@ -]*[\w.:+=,@-])?"
+RUN_NAME = re.compile(rf"{_PART}(?:/{_PART})*")  # a folder, or one in another
 MARKERS = (tyro.conf.OmitArgPrefixes,)
 RUN, METRICS = "run.json", "metrics.jsonl"  # in a run's folder: how it was started; a line a step and evaluation
 RECIPE_BATCH_SIZE = 32  # for which the learning rate is meant
@@ -255,6 +258,11 @@ class TrainConfig:
         check_ranges(self)
         if (ema := self.optimisation.ema) is not None and not 0 < ema < 1:
             raise UserError(f"expected --ema between 0 and 1, such as 0.9997, found {ema}")
+        if (name := self.output.name) is not None and not RUN_NAME.fullmatch(name):
+            raise UserError(
+                "expected --name of letters, digits and . : _ - + = , @ or spaces, which begins with a letter, a digit"
+                f" or _ and stays below --out, found {name!r}"
+            )
         preset_named(self.model.student, "--student ")
 
 
@@ -308,6 +316,10 @@ class CompareConfig:
     out: Path = Path("compare.png")
     """Where to draw AP and loss over steps."""
 
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise UserError("expected the folders of some runs, such as runs/*, found none")
+
 
 @dataclass(frozen=True)
 class PictureConfig:
@@ -328,11 +340,15 @@ class PictureConfig:
     images: AtLeastOne = 6
     """How many of the split's images, from the first on."""
     min_score: float = 0.3
-    """Lowest score of a detection that is drawn."""
+    """Lowest score of a detection that is drawn; where none of an image reaches it, its three surest are."""
     out: Path = Path("detections.png")
     """Where to draw."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        if not self.checkpoints:
+            raise UserError("expected some checkpoints, such as runs/*/best.safetensors, found none")
 
 
 @dataclass(frozen=True)

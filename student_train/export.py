@@ -44,12 +44,6 @@ def export(config: ExportConfig) -> None:
     if categories is None:
         log.warning("the checkpoint does not name its classes, nor will the export: name their data set with --data")
     policy = saved_policy(config.checkpoint, config.sizes)
-    try:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        if config.to == "transformers":
-            config.out.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{config.out} could not be made ({error.strerror}): name another place with --out") from None
     if config.to == "transformers":
         to_transformers(config.out, detector, categories, policy)
     elif config.to in MMDETECTIONS:

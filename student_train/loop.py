@@ -288,7 +288,8 @@ class Run:
                 metrics = average_precision(self.data.val, results)
         except KeyboardInterrupt:  # the state was saved before
             self.interrupted()
-        log.info(f"step {training.step}, epoch {training.epoch}: {metrics}")
+        epoch = f"{training.epoch + 1}, unfinished" if training.step_in_epoch else f"{training.epoch}"
+        log.info(f"step {training.step}, epoch {epoch}: {metrics}")
         evaluation: dict[str, Any] = {"step": training.step, "epoch": training.epoch, "evaluation": vars(metrics)}
         if self.peak_memory_bytes is not None:
             evaluation["peak_memory_bytes"] = self.peak_memory_bytes

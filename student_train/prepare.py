@@ -28,6 +28,7 @@ from common.resampling import match_levels
 from common.runtime import Ranks, log
 from common.subset import take_subset
 from common.teacher import detector_info, sha256_of
+from student_train.batching import steps_per_epoch
 from student_train.config import DataOptions, DistillationOptions, ModelOptions, TrainConfig
 from student_train.feed import CachedViews, Feed, FeedOptions, FreshViews
 from student_train.live import LiveTeacher
@@ -139,7 +140,7 @@ def prepare_student(config: TrainConfig, data: Data) -> StudentInTraining:
         architecture = replace(architecture, pretrained_backbone=source.config.pretrained_backbone)
     detector = DeformableDetr(architecture)
     if source is not None and report is not None:
-        log.info(f"{options.init}: {inherit(detector, named_weights(source, report, data.train.categories))}")
+        inherit(detector, named_weights(source, report, data.train.categories), str(options.init))
     if options.backbone_weights is not None:
         load_backbone(detector, options.backbone_weights)
     elif not same_backbone and architecture.backbone != "tiny":
@@ -236,14 +237,25 @@ def named_weights(source: DeformableDetr, report: LoadReport, data: Categories) 
     return select_classes(weights, source.config.num_classes, outputs.columns)
 
 
-def inherit(detector: DeformableDetr, weights: State) -> str:
-    """Take over every weight of another detector whose name and shape fit; says how many did."""
+def inherit(detector: DeformableDetr, weights: State, source: str) -> None:
+    """Take over every weight of another detector whose name and shape fit, and log how many did: with a warning that
+    names the other parts where these are more than half."""
     own = detector.state_dict()
     fitting = {name: weight for name, weight in weights.items() if name in own and own[name].shape == weight.shape}
     if not fitting:
         raise UserError("no weight of --init fits the student: leave it out, or choose a student of its sizes")
     detector.load_state_dict(fitting, strict=False)
-    return f"{len(fitting)} of the student's {len(own)} weights taken over, the others start anew"
+    told = f"{source}: {len(fitting)} of the student's {len(own)} weights taken over"
+    if 2 * len(fitting) >= len(own):
+        log.info(f"{told}, the others start from scratch")
+    else:
+        others = ", ".join(dict.fromkeys(_part_of(name) for name in own if name not in fitting))
+        log.warning(f"{told}; others start from scratch in {others}: does --init have the student's sizes?")
+
+
+def _part_of(name: str) -> str:
+    """The part of the detector that a weight belongs to: encoder.layers, backbone.body, level_embedding ..."""
+    return ".".join(name.split(".")[:2])
 
 
 def prepare_feed(config: TrainConfig, data: Data, ranks: Ranks, device: torch.device) -> Feed:
@@ -258,6 +270,7 @@ def prepare_feed(config: TrainConfig, data: Data, ranks: Ranks, device: torch.de
         source: CachedViews | FreshViews = CachedViews(data.train, data.reader)
     else:
         source = FreshViews(data.train, data.policy, config.optimisation.seed)
+    check_steps(len(source), batch_size, ranks)
     feed_options = FeedOptions(
         batch_size=batch_size,
         seed=config.optimisation.seed,
@@ -272,3 +285,14 @@ def prepare_feed(config: TrainConfig, data: Data, ranks: Ranks, device: torch.de
     if teachers is not None:
         teachers.prepare(needed_fields(config.distillation), config.optimisation.seed)
     return Feed(source, data.train, teachers, feed_options, ranks, pin=device.type == "cuda")
+
+
+def check_steps(images: int, batch_size: int, ranks: Ranks) -> None:
+    """UserError where an epoch has no step, for want of images; warns where it has no whole one."""
+    if steps_per_epoch(images, batch_size, ranks) == 0:
+        raise UserError(
+            f"expected at least {ranks.world_size} training images, one for each process, found {images}: look at the"
+            " split and --subset, or use fewer processes"
+        )
+    if images < batch_size:
+        log.warning(f"--batch-size {batch_size} is more than the {images} training images: each step has all of them")

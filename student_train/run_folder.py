@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import fcntl
 import json
@@ -20,6 +19,7 @@ from common.evaluate import CocoMetrics
 from common.files import remove_unfinished, unwritable, write_json, write_text
 from common.runtime import log, software_versions
 from student_train.checkpoint import Checkpoint, checkpoints, load_newest
+from student_train.compare import read_metrics
 from student_train.config import METRICS, RUN, TrainConfig
 from student_train.selection import Shards
 from student_train.tracking import TRACKERS, EventFile, Tracker
@@ -242,15 +242,6 @@ class RunFolder:
         return record
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that is being written, or that a crash cut off, is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
-    return lines
-
-
 def _was_training(record: Path) -> bool:
     """Whether this run.json is of a training, or of nothing any more; else it is of an evaluation."""
     try:
@@ -265,10 +256,7 @@ def record_evaluation(folder: Path, what: str, parameters: int, metrics: CocoMet
     UserError where a training run is there already.
     """
     check_free_of_runs(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} could not be made ({error.strerror}): name another with --record") from None
+    folder.mkdir(parents=True, exist_ok=True)  # it was tried before the work
     line = json.dumps({"step": 0, "epoch": 0, "evaluation": vars(metrics)}) + "\n"
     write_text(folder / METRICS, line)
     write_json(folder / RUN, {"what": what, "parameters": parameters, **_circumstances()})

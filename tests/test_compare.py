@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
+from student_train.__main__ import compare
 from student_train.compare import draw_curves, read_run, table
 
 
@@ -48,3 +49,33 @@ def test_curves_of_every_kind_of_loss(tmp_path: Path) -> None:
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"expected the folder of a run, with run\.json"):
         read_run(tmp_path)
+
+
+def test_a_run_whose_last_line_is_being_written(tmp_path: Path) -> None:
+    """Without that line, wherever in it the file ends: the table says 4 steps, where it was 5 and an evaluation."""
+    folder = write_run(tmp_path / "run", {"detection/class": 1.0}, steps=5, step_s=0.1)
+    content = (folder / "metrics.jsonl").read_bytes()
+    lines = content.splitlines(keepends=True)
+    for end in (1, 40, len(lines[4]) - 2):
+        (folder / "metrics.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:end])
+        (_, row) = table([read_run(folder)]).splitlines()
+        assert " ".join(row.split()) == "run tiny, plain - - - - - 4 150 0:00:01 1.25"
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By their paths, in the table and its curves; a run whose first evaluation is to come has no curve yet."""
+    for parent in ("a", "b"):
+        (tmp_path / parent).mkdir()
+        folder = write_run(tmp_path / parent / "run", {"detection/class": 1.0}, 5, 0.1)
+    (folder / "metrics.jsonl").write_text("")
+    compare([str(tmp_path / "a" / "run"), str(folder), "--out", str(tmp_path / "new" / "compare.png")])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:3]] == [
+        str(tmp_path / "a" / "run"),
+        str(folder),
+    ]
+    assert (tmp_path / "new" / "compare.png").is_file()
+
+
+def test_without_runs_there_is_nothing_to_compare() -> None:
+    with pytest.raises(UserError, match="expected the folders of some runs"):
+        compare([])

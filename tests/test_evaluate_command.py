@@ -54,7 +54,7 @@ def test_the_result_is_noted_as_a_run(folder: Path, tmp_path: Path, capsys: pyte
 
     (tmp_path / "teacher" / "run.json").write_text('{"config": {}}')
     with pytest.raises(UserError, match="holds a training run"):
-        run(folder, tmp_path / "nothing.pth", "--record", tmp_path / "teacher")
+        run(folder, folder / "scenes", "--record", tmp_path / "teacher")
 
 
 def test_every_layout_is_evaluated_alike(folder: Path, tmp_path: Path) -> None:
@@ -81,3 +81,10 @@ def test_every_layout_is_evaluated_alike(folder: Path, tmp_path: Path) -> None:
             assert theirs["score"] == pytest.approx(ours["score"], abs=1e-5), layout
             assert (theirs["image_id"], theirs["category_id"]) == (ours["image_id"], ours["category_id"]), layout
             assert theirs["bbox"] == pytest.approx(ours["bbox"], abs=1e-3)
+
+
+@pytest.mark.parametrize("flag", ["--record", "--detections"])
+def test_a_place_that_cannot_be_written_is_told_before_the_work(folder: Path, flag: str) -> None:
+    """The line comes before the checkpoint, which is none, is even read."""
+    with pytest.raises(UserError, match="could not be written"):
+        run(folder, folder / "scenes", flag, folder / "detector.safetensors" / "x")

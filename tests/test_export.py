@@ -314,8 +314,20 @@ def test_what_a_program_cannot_express_is_one_line(tmp_path: Path) -> None:
     )
     for config, to, more, message in cases:
         saved(tmp_path / "best.safetensors", config)
+        out = tmp_path / to
         with pytest.raises(UserError, match=message) as caught:
-            run(tmp_path / "best.safetensors", to, tmp_path / "out", *more)
+            run(tmp_path / "best.safetensors", to, out, *more)
         assert "\n" not in str(caught.value)
-        assert not (tmp_path / "out").is_file()
-        assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+        assert not out.is_file()
+        assert not list(out.glob("*")) if out.exists() else True
+
+
+@pytest.mark.parametrize("to", ["transformers", "mmdet", "official", "onnx"])
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path: Path, to: str) -> None:
+    """Below a file, in /proc, and where a folder (or, for transformers, a file) is in the way: the line comes before
+    the checkpoint, which is none, is even read."""
+    (tmp_path / "file").touch()
+    taken = tmp_path / "file" if to == "transformers" else tmp_path
+    for out in (tmp_path / "file" / "x", Path("/proc/nope/x"), Path("/proc/x"), taken):
+        with pytest.raises(UserError, match="could not be written"):
+            run(tmp_path / "file", to, out)

@@ -14,13 +14,15 @@ from safetensors.torch import load_file
 
 from common.cache.reader import CacheReader
 from common.coco import load_annotations
-from common.detr.weights import load_detector
+from common.detr.detector import DeformableDetr
+from common.detr.presets import PRESETS
+from common.detr.weights import load_detector, save_detector
 from common.errors import UserError
-from common.runtime import Ranks
+from common.runtime import Ranks, start_logging
 from common.synthetic import draw_data_set
 from student_train import loop
 from student_train.config import DistillationOptions, ModelOptions, OptimisationOptions
-from student_train.prepare import prepare_data, prepare_feed
+from student_train.prepare import prepare_data, prepare_feed, prepare_student
 from student_train.step import agree, train_step
 from tests.training_cases import (
     PLAIN,
@@ -223,7 +225,34 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
     loop.train(replace(config, optimisation=replace(config.optimisation, max_steps=1)))
     with pytest.raises(UserError, match="choose another --name"):
         loop.train(config)
+    subset = replace(config, data=replace(config.data, subset=0.1), output=replace(config.output, name="other"))
+    with pytest.raises(UserError, match="at least 2 training images, one for each process, found 1: look at"):
+        prepare_feed(subset, prepare_data(subset.data), Ranks(1, 1, 2), CPU)
     config = replace(config, speed=replace(config.speed, accumulate=5), output=replace(config.output, name="other"))
     with pytest.raises(UserError, match="expected --batch-size of 5 or more"):
         loop.train(config)
     assert not (tmp_path / "other" / "run.json").exists()
+
+
+def test_first_weights_that_hardly_fit_are_a_warning(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--init of a detector half as wide: the backbone and what has no width fit, 97 of 200, so a warning that names
+    every other part, as counted by shapes. Of one with half the queries all but their embedding fit: no warning."""
+    config = configuration(folder, tmp_path)
+    data = prepare_data(config.data)
+    model = ModelOptions("tiny", init=tmp_path / "init.safetensors")
+    own = DeformableDetr(PRESETS["tiny"](7)).state_dict()
+    start_logging()
+    for sizes, told in (({"width": 32}, "warning: "), ({"queries": 20}, "")):
+        other = DeformableDetr(PRESETS["tiny"](7, **sizes))
+        save_detector(tmp_path / "init.safetensors", other)
+        prepare_student(replace(config, model=model), data)
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if "taken over" in line)
+        left = [name for name, tensor in own.items() if other.state_dict()[name].shape != tensor.shape]
+        assert line.startswith(
+            f"{told}{model.init}: {len(own) - len(left)} of the student's {len(own)} weights taken over"
+        )
+        if told:
+            parts = line.partition("from scratch in ")[2].partition(": does --init")[0].split(", ")
+            assert parts == list(dict.fromkeys(".".join(name.split(".")[:2]) for name in left))

@@ -126,6 +126,8 @@ def unusual() -> TrainConfig:
         ("[[run]]\nname = 'a'\nstudent = 'r19'", r"found --student r19: is it r1?8"),
         ("[[run]]\nstudent = 'r18'", r"\[\[run\]\] 1: expected a name"),
         ("[[run]]\nname = 'a'\n[[run]]\nname = 'a'", r"expected every name once, found 2 runs for runs/a"),
+        ("[[run]]\nname = '../../evil'", r"expected --name of letters.* stays below --out, found '\.\./\.\./evil'"),
+        ("[defaults]\nname = '/evil'\n[[run]]\nlr = 1", r"expected --name of letters.* found '/evil'"),
         ("[run]\nname = 'a'", r"expected at least one \[\[run\]\] table"),
         ("[[run]\n", r"expected TOML, found a mistake"),
     ],

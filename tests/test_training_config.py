@@ -142,3 +142,22 @@ def test_the_help_fits_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
     for group in ("data", "model", "distillation", "optimisation", "speed", "output"):
         assert f" {group} options " in text
     assert len(text.splitlines()) < 160
+
+
+OUTSIDE = ["../../evil", "/tmp/evil", "a/../../evil", "a/..", ".", "..", "", "~/x", "a//b", "a/"]
+ODD = [".hidden", "-x", "a\nb", "a\0b", "a\\b", "$HOME", "a*", "x ", " x", "a\x1b[31m"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE + ODD)
+def test_a_name_stays_below_its_folder(name: str) -> None:
+    """And is one that every shell, file system and tracker takes; from flags and recipes."""
+    with pytest.raises(UserError, match="expected --name of letters") as raised:
+        parse_train([f"--name={name}"])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["r50", "2026-01-05", "first/r50.a", "r50 lr=1e-4, wd=0", "_x", "fünf", "模型", "timm:resnet50-1"]
+)
+def test_a_name_may_be(name: str) -> None:
+    assert parse_train([f"--name={name}"]).output.name == name

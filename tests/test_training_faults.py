@@ -26,8 +26,9 @@ from common.detr.weights import save_detector
 from common.errors import UserError
 from student_train import loop, tracking
 from student_train.checkpoint import checkpoints
+from student_train.compare import read_metrics
 from student_train.config import TrainConfig
-from student_train.run_folder import RunFolder, read_metrics
+from student_train.run_folder import RunFolder
 from student_train.sweep import state_of
 from student_train.tracking import EventFile
 from tests.training_cases import (
