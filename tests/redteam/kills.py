@@ -103,5 +103,5 @@ def _difference(run_folder: Path, whole: Path) -> str | None:
     found, expected = ((path / "metrics.jsonl").read_text().count('"evaluation"') for path in (run_folder, whole))
     if found != expected:
         return f"{found} evaluations in metrics.jsonl instead of {expected}"
-    leftovers = [path.name for path in run_folder.rglob("*") if "partial" in path.name or path.name.startswith(".")]
+    leftovers = [path.name for path in run_folder.rglob("*") if "partial" in path.name]
     return f"left behind: {leftovers}" if leftovers else None
