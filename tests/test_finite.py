@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from dump_cases import SIDE, command, draw_scenes, dump
+from tests.dump_cases import SIDE, command, draw_scenes, dump
 from torch import Tensor
 
 from common.cache.reader import read_manifest

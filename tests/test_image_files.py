@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dump_cases import TEACHER, command, draw_scenes, dump
+from tests.dump_cases import TEACHER, command, draw_scenes, dump
 from PIL import Image
 
 from common import images
