@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.dump_cases import SIDE, command, draw_scenes, dump
 from torch import Tensor
 
 from common.cache.reader import read_manifest
@@ -25,6 +24,7 @@ from common.teacher import Teacher, TeacherOutput
 from student_train.evaluate import detect_split, saved_policy
 from teacher_dump.score import score_store
 from teacher_dump.teachers import load_teacher
+from tests.dump_cases import SIDE, command, draw_scenes, dump
 
 NAN, INFINITY = float("nan"), float("inf")
 

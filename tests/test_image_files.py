@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.dump_cases import TEACHER, command, draw_scenes, dump
 from PIL import Image
 
 from common import images
@@ -23,6 +22,7 @@ from common.images import LARGEST_PIXELS, BrokenImage, decode_image, load_image,
 from student_train.config import DataOptions
 from student_train.feed import Feed, FeedOptions, FreshViews
 from student_train.prepare import prepare_data
+from tests.dump_cases import TEACHER, command, draw_scenes, dump
 
 SIZE = (64, 64)
 
