@@ -9,7 +9,7 @@ from typing import Annotated, Literal, TypeVar
 
 import tyro
 
-from common.cache.schema import CodecInfo, LogitsCodec, Rounding, TokenCodec
+from common.cache.schema import CodecInfo, LogitsCodec, Rounding, TeacherAmp, TokenCodec
 from common.errors import UserError
 from common.inputs import is_missing
 from common.pixel_rule import Exif
@@ -80,8 +80,15 @@ class TeacherOptions:
     """Pixels that an hf: teacher resizes every sample to, instead of what its preprocessor_config.json says."""
     batch_size: AtLeastOne = 4
     """Samples that the teacher sees at once."""
+    amp: Literal["off", "tf32", "bf16"] = "off"
+    """Run the teacher faster and less exactly (docs/fidelity.md): tf32 on a GPU, bf16 also on a CPU."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+
+    @property
+    def precision(self) -> TeacherAmp | None:
+        """As the store's manifest has it."""
+        return None if self.amp == "off" else self.amp
 
     @property
     def teachers(self) -> tuple[str, ...]:

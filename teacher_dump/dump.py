@@ -78,7 +78,7 @@ def _dump_teacher(config: DumpConfig, annotations: Annotations, device: torch.de
     """The store of one teacher, which leaves memory when this returns."""
     (name,) = config.teacher.teachers
     annotations = annotations.decoded_by(rule_of_dump(config.store.out, config.data.exif))
-    teacher = load_teacher(name, annotations, device, config.teacher.teacher_size)
+    teacher = load_teacher(name, annotations, device, config.teacher.teacher_size, amp=config.teacher.precision)
     job = prepare(config, annotations, teacher)
     log.info(
         f"{config.store.out}: {len(annotations.entries)} images x {config.data.views} views ="

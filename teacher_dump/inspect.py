@@ -85,6 +85,7 @@ def describe(reader: CacheReader) -> list[str]:
                     "teacher",
                     f"{teacher.name}{_hash(teacher.weights_sha256)}: {teacher.layers} layers,"
                     f" {teacher.queries} queries, {teacher.channels} channels, strides {_some(teacher.strides)}"
+                    + (f"; run in {teacher.amp}" if teacher.amp else "")
                     + ("" if teacher.trained else "; UNTRAINED, for trials only"),
                 ),
                 (

@@ -115,7 +115,8 @@ def job_of_store(store: Location, source: SourceOptions, *, same_software: bool)
     annotations = annotations.decoded_by(rule_of_store(store, found.views.exif, None))
     check_images(annotations)
     device = choose_device(source.device)
-    teacher = load_teacher(split_name(source.teacher)[1], annotations, device, found.teacher.input_size)
+    name, of_store = split_name(source.teacher)[1], found.teacher
+    teacher = load_teacher(name, annotations, device, of_store.input_size, amp=of_store.amp)
     expected = replace(
         found,
         teacher=teacher.info,

@@ -55,7 +55,7 @@ def _plan_teacher(config: PlanConfig, annotations: Annotations) -> tuple[int, li
     shapes_only = torch.device("meta" if name.startswith(RANDOM) else "cpu")
     device = choose_device(config.teacher.device) if config.measure else shapes_only
     annotations = annotations.decoded_by(rule_of_dump(config.store.out, config.data.exif))
-    teacher = load_teacher(name, annotations, device, config.teacher.teacher_size)
+    teacher = load_teacher(name, annotations, device, config.teacher.teacher_size, amp=config.teacher.precision)
     job = prepare(DumpConfig(config.data, config.teacher, config.store), annotations, teacher)
     costs = measure(job, config.measure) if config.measure else None
     lines = ["", *_store_lines(job, config), "", *_cost_lines(job, config, costs, str(device))]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from common.cache.schema import TeacherAmp
 from common.coco import Annotations
 from common.detr.detector import DeformableDetr
 from common.detr.presets import preset_named
@@ -14,6 +15,7 @@ from common.errors import UserError
 from common.runtime import log
 from common.teacher import Teacher, detector_teacher, sha256_of
 from teacher_dump.config import RANDOM, TRANSFORMERS, check_teacher
+from teacher_dump.precision import in_precision
 
 
 def load_teacher(
@@ -22,12 +24,19 @@ def load_teacher(
     device: torch.device,
     size: tuple[int, int] | None = None,
     seed: int = 0,
+    amp: TeacherAmp | None = None,
 ) -> Teacher:
     """The teacher called `name` on the command line: a checkpoint file, `hf:` and a model, or `random:` and a preset.
 
-    size: (height, width) that an `hf:` teacher resizes samples to. UserError if there is no such file, or its
-    architecture or classes do not fit.
+    size: (height, width) that an `hf:` teacher resizes samples to. amp: the precision it runs in. UserError if there is
+    no such file, or its architecture or classes do not fit.
     """
+    return in_precision(_load(name, annotations, device, size, seed), amp, device)
+
+
+def _load(
+    name: str, annotations: Annotations, device: torch.device, size: tuple[int, int] | None, seed: int
+) -> Teacher:
     if name.startswith(TRANSFORMERS):
         from teacher_dump.transformers_teacher import load_transformers_teacher  # it builds on this module
 

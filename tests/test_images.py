@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from common import augment, images
+from common import images, replay
 from common.errors import UserError
 from common.images import IMAGENET_MEAN, IMAGENET_STD, batch_to, collate, load_image, normalise, pixel_fingerprint
 from common.records import Targets
@@ -137,7 +137,7 @@ def test_the_fingerprint_notices_another_resampler_or_decoder(monkeypatch: pytes
     assert len(fingerprint) == 64
     decode = images.decode_image
     with monkeypatch.context() as patch:
-        patch.setattr(augment, "_RESAMPLING", Image.Resampling.HAMMING)
+        patch.setattr(replay, "_RESAMPLING", Image.Resampling.HAMMING)
         assert pixel_fingerprint() != fingerprint
 
     def decode_otherwise(*arguments: Any) -> Tensor:

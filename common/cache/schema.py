@@ -33,6 +33,7 @@ MISSING = 2**64 - 1  # offset and length of a page that a shard does not hold
 TokenCodec = Literal["fp32", "fp16", "int8", "int4", "pq4", "pq8"]
 LogitsCodec = Literal["float", "uint8"]
 Rounding = Literal["nearest", "stochastic"]
+TeacherAmp = Literal["tf32", "bf16"]
 GROUP = 64  # channels that share a scale of int4, at most: groups of 32 take 6% more bytes for 7% less error
 
 
@@ -106,6 +107,8 @@ class TeacherInfo:
     """Height and width that the teacher resizes every sample to; None: its input is the sample's own pixels."""
     scores: Literal["sigmoid", "softmax"] = "sigmoid"
     """What the teacher makes of its logits. The store's logits are always for the sigmoid (docs/teachers.md)."""
+    amp: TeacherAmp | None = None
+    """The lower precision that the teacher ran in. None: float32."""
 
 
 @dataclass(frozen=True)
@@ -263,6 +266,8 @@ class Manifest:
         value: dict[str, Any] = _MANIFEST.dump_python(self, mode="json")
         if self.codec.logits == "float":  # as the manifests that were written before there was a choice
             del value["codec"]["logits"]
+        if self.teacher.amp is None:
+            del value["teacher"]["amp"]
         if self.views.exif is None:
             del value["views"]["exif"]
         return value

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from common.cache.buffers import BatchBuffers
 from common.cache.reader import CacheReader
+from common.cache.schema import TeacherAmp
 from common.coco import load_annotations
 from common.runtime import Ranks
 from common.synthetic import draw_data_set
@@ -33,36 +34,32 @@ NAMES = 25  # lines of the trace
 
 def dump(place: Place) -> Iterator[Row]:
     """Images a second of writing the default store, untrained R-101, images of 800 pixels, decoded on the way: in
-    float32 and with TF32."""
+    float32, TF32 and bfloat16."""
     images, side, teacher = (4, 64, "tiny") if place.small else (96, 800, "r101")
     with tempfile.TemporaryDirectory(prefix="detrcache-gpu-") as folder:
         data = Path(folder) / "data"
         draw_data_set(data, train_images=images, val_images=1, size=max(64, side // 2))
-        for precision, tf32 in (("float32", False), ("TF32", True)):
-            with _tf32(tf32):
-                job = job_of(data, f"random:{teacher}", side, place.device, batch_size=2 if place.small else 8)
-                write(job, Path(folder) / f"{precision} warm-up.zarr")
-                begun = time.perf_counter()
-                write(job, Path(folder) / f"{precision}.zarr")
-                seconds = time.perf_counter() - begun
+        precisions: tuple[TeacherAmp | None, ...] = (None, "tf32", "bf16")
+        for amp in precisions:
+            if amp == "tf32" and place.device.type != "cuda":
+                continue
+            precision = amp or "float32"
+            job = job_of(data, f"random:{teacher}", side, place.device, 2 if place.small else 8, amp)
+            write(job, Path(folder) / f"{precision} warm-up.zarr")
+            begun = time.perf_counter()
+            write(job, Path(folder) / f"{precision}.zarr")
+            seconds = time.perf_counter() - begun
             yield Row(f"dump, {teacher}, {side} x {side}, {precision}", {"images/s": images / seconds})
 
 
-@contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """Let multiplications and convolutions on a GPU round their inputs to TF32, or forbid it, while this lasts."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-def job_of(data: Path, teacher: str, side: int, device: torch.device, batch_size: int) -> Job:
+def job_of(
+    data: Path, teacher: str, side: int, device: torch.device, batch_size: int, amp: TeacherAmp | None = None
+) -> Job:
     config = DumpConfig(
         DataOptions(data, sizes=(side,)), TeacherOptions(teacher, batch_size=batch_size), StoreOptions()
     )
     annotations = load_annotations(data, "train2017")
-    return prepare(config, annotations, load_teacher(teacher, annotations, device))
+    return prepare(config, annotations, load_teacher(teacher, annotations, device, amp=amp))
 
 
 def write(job: Job, store: Path) -> None:
