@@ -213,7 +213,7 @@ def test_a_dump(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         pretended.waits.clear()
         assert command(*data, *teacher, "--device", "cuda", "--out", tmp_path / "cuda.zarr") == 0
     loading = {
-        "teacher_dump/teachers.py:load_teacher copy to the device",
+        "teacher_dump/teachers.py:_load copy to the device",
         "common/teacher.py:detector_teacher copy to the host",
     }
     storing = {"common/finite.py:check_finite copy to the host", "teacher_dump/encode.py:_arrays copy to the host"}
