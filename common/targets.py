@@ -89,8 +89,8 @@ def released_token_weights(
     if len(target_boxes_cxcywh):
         iou = pairwise_iou(cxcywh_to_xyxy(boxes_cxcywh), cxcywh_to_xyxy(target_boxes_cxcywh).expand(layers, -1, -1))
         scores = scores * iou.amax(dim=-1).gather(1, query)
-    unit_queries = normalize(queries.float(), dim=-1)
-    directions = torch.einsum("ln,lnc->lc", scores, unit_queries[torch.arange(layers).unsqueeze(1), query])
+    unit_queries, layer = normalize(queries.float(), dim=-1), torch.arange(layers, device=query.device).unsqueeze(1)
+    directions = torch.einsum("ln,lnc->lc", scores, unit_queries[layer, query])
     masks = (normalize(neck.float(), dim=-1) @ directions.T).clamp(min=LEAST_MASK)  # (T, L)
     levels = torch.split(masks, [token_count([shape]) for shape in level_shapes])  # type: ignore[no-untyped-call]
     return torch.cat([level / level.amax(dim=0) for level in levels]).square().sum(dim=-1)

@@ -168,6 +168,7 @@ def test_layouts_follow_the_device(folder: Path, tmp_path: Path) -> None:
         training = start(config, data, CUDA, ranks)
         loop.resume(training, written)
         assert layouts(training) == {True}
+        assert training.optimizer.defaults["fused"]
         moved = Checkpoint(**vars(written) | {"optimizer": on_host(training.optimizer.state_dict())})
     training = start(config, data, torch.device("cpu"), ranks)
     loop.resume(training, moved)
@@ -196,17 +197,18 @@ def test_a_live_teacher(folder: Path, tmp_path: Path) -> None:
     assert pretended.waits == Counter({MATCHING: 3 + 4, LOSSES: 1} | looked)
 
 
-def test_a_dump(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dump on the pretended device, of a codec that has to be calibrated, against the same on the CPU, its backbone
-    laid out as on a GPU, which changes the last bits: all fields of all records are equal. It waits for matchings, for
-    what is stored, and to learn whether it is finite."""
+@pytest.mark.parametrize("preset", ["compact", "full"])
+def test_a_dump(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str) -> None:
+    """A dump on the pretended device, of a codec that has to be calibrated and of one with the neck, against the same
+    on the CPU, its backbone laid out as on a GPU, which changes the last bits: all fields of all records are equal. It
+    waits for matchings, for what is stored, and to learn whether it is finite."""
 
     def placed(model: DeformableDetr, device: torch.device) -> DeformableDetr:
         model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model.to(device)
 
     monkeypatch.setattr(DeformableDetr, "placed", placed)
-    data = ("--data", folder / "scenes", "--sizes", SIDE, "--workers", 1, "--preset", "compact")
+    data = ("--data", folder / "scenes", "--sizes", SIDE, "--workers", 1, "--preset", preset)
     teacher = ("--teacher", folder / "teacher.safetensors")
     assert command(*data, *teacher, "--device", "cpu", "--out", tmp_path / "cpu.zarr") == 0
     with pretended_cuda() as pretended:

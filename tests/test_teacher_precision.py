@@ -13,7 +13,12 @@ from common.cache.reader import CacheReader
 from common.cache.schema import TeacherAmp, TeacherInfo
 from common.teacher import Teacher, TeacherOutput
 from teacher_dump.precision import in_precision
+from teacher_dump.transformers_families import FAMILIES
+from teacher_dump.transformers_teacher import Preprocessing, as_teacher
 from tests.dump_cases import command, contents, draw_scenes, dump
+from tests.tiny_transformers import build
+
+AMPS: tuple[TeacherAmp | None, ...] = (None, "bf16")
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +47,19 @@ def test_a_store_notes_it(data: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     readers = [CacheReader(store) for store in (exact, mixed)]
     one, other = (reader.read(reader.rows()).tokens for reader in readers)
     assert 1e-5 < float((other - one).norm() / one.norm()) < 0.05
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_of_transformers(family: str) -> None:
+    """Each runs in bf16, and answers in float32: tokens within 5% of float32's."""
+    pytest.importorskip("transformers")
+    side = 64 if family == "rf_detr" else 128
+    columns, preprocessing = range(4), Preprocessing((side, side), (0.0,) * 3, (1.0,) * 3)
+    teacher = as_teacher(build(family, 4), FAMILIES[family], preprocessing, columns, family, "")
+    image = torch.randint(256, (3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    exact, mixed = (in_precision(teacher, amp, torch.device("cpu")).run([image]).memory[0] for amp in AMPS)
+    assert mixed.dtype == torch.float32
+    assert 1e-5 < float((mixed - exact).norm() / exact.norm()) < 0.05
 
 
 def test_tf32_without_a_gpu(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
