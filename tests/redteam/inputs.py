@@ -61,7 +61,7 @@ def _use(folder: Path, name: str) -> str | None:
     dumped = run(folder, "teacher_dump", *data, "--teacher", TEACHER, "--device", "cpu", "--out", "out.zarr")
     trained = run(folder, "student_train", *data, *ONE_STEP, "--name", name)
     shutil.rmtree(folder / "runs", ignore_errors=True)
-    if "nan" in trained.output.lower().split("ap ")[-1]:
+    if trained.status == 0 and "nan" in trained.output.splitlines()[-1].lower():
         return f"an AP that is no number: {trained.output[-300:]}"
     return dumped.failure or trained.failure
 
