@@ -102,8 +102,8 @@ def spoilt(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[TeacherOutput
     """Has the teachers of a dump say something else than they do."""
 
     def spoil(change: Callable[[TeacherOutput], TeacherOutput]) -> None:
-        def load(*arguments: Any) -> Teacher:
-            teacher = load_teacher(*arguments)
+        def load(*arguments: Any, **options: Any) -> Teacher:
+            teacher = load_teacher(*arguments, **options)
 
             def run(images: Sequence[Tensor]) -> TeacherOutput:
                 return change(teacher.run(images))
